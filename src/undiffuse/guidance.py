@@ -1,0 +1,71 @@
+"""Functions of denoise functions. No flag reaches a sampler or the network.
+
+A denoise function maps (x, level) to an estimate of the clean picture.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from undiffuse.errors import ConfigError
+from undiffuse.noise import NoiseLevel
+
+Pictures = Float[Tensor, "b c h w"]
+Denoise = Callable[[Pictures, NoiseLevel], Pictures]
+Labelled = Callable[[Pictures, NoiseLevel, Tensor | None], Pictures]
+
+
+def with_label(denoiser: Labelled, label: Int[Tensor, "b"] | None) -> Denoise:
+    """Fix the label; None means "no class"."""
+    return lambda x, level: denoiser(x, level, label)
+
+
+def guided(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
+    """weak + scale * (strong - weak); at scale 1 exactly `strong`, and `weak` is never called.
+
+    With the null label as `weak` this is classifier-free guidance (2207.12598); with a smaller or
+    less trained network it is autoguidance (2406.02507, eq. 3). On x0 and on epsilon it is the
+    same formula, since each is affine in the other.
+
+    Raises:
+        ConfigError: `scale` is not a finite number.
+    """
+    if not abs(scale) < float("inf"):
+        raise ConfigError(f"guidance_scale must be a finite number; got {scale}")
+    if scale == 1.0:
+        return strong
+
+    def denoise(x: Pictures, level: NoiseLevel) -> Pictures:
+        base = weak(x, level)
+        return base + scale * (strong(x, level) - base)
+
+    return denoise
+
+
+def classifier_free(denoiser: Labelled, label: Int[Tensor, "b"] | None, scale: float) -> Denoise:
+    """Classifier-free guidance (2207.12598) with the network's own null label."""
+    if label is None and scale != 1.0:
+        raise ConfigError(
+            f"guidance_scale {scale:g} needs class labels; pass class_label, or scale 1"
+        )
+    return guided(with_label(denoiser, label), with_label(denoiser, None), scale)
+
+
+def within(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
+    """`inside` where low <= sigma / alpha <= high, else `outside` (2404.07724).
+
+    For levels shared by the whole batch, as samplers use.
+    """
+
+    def denoise(x: Pictures, level: NoiseLevel) -> Pictures:
+        # multiplied out: alpha may be 0 at the noisiest level
+        chosen = low * level.alpha <= level.sigma <= high * level.alpha
+        return (inside if bool(chosen) else outside)(x, level)
+
+    return denoise
+
+
+def clipped(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
+    """Keep the estimate of the clean picture within the range of pictures."""
+    return lambda x, level: denoise(x, level).clamp(low, high)

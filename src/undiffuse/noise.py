@@ -1,0 +1,318 @@
+"""Noise levels, schedules, grids of levels, and keyed random numbers.
+
+A noised picture is x = alpha * x0 + sigma * noise. A schedule says what alpha and sigma are at
+time t, from 0 (clean) to 1 (noise). The ratio sigma / alpha alone decides how hard a picture is
+to denoise; alpha only scales it (2206.00364, section 2; 2107.00630, section 3).
+
+All schedule arithmetic is float64 on the CPU. `NoiseLevel.like` rounds once, to the picture's
+precision, and is the only place where levels meet the shape of pictures.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache, lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undiffuse.errors import ConfigError
+
+Pictures = Float[Tensor, "b c h w"]
+
+MIN_SIGMA = 1e-3  # below this c_out of every prediction is too small to divide by in float32
+
+
+class NoiseLevel(NamedTuple):
+    """Signal scale, noise scale and time; 0-d when shared, (b,1,1,1) when one per picture."""
+
+    alpha: Tensor
+    sigma: Tensor
+    t: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """sigma / alpha: the noise level of x / alpha."""
+        return self.sigma / self.alpha
+
+    def mix(self, x0: Pictures, noise: Pictures) -> Pictures:
+        """x = alpha * x0 + sigma * noise."""
+        return self.alpha * x0 + self.sigma * noise
+
+    def noise_in(self, x: Pictures, x0: Pictures) -> Pictures:
+        """The noise that turns x0 into x: (x - alpha * x0) / sigma."""
+        return (x - self.alpha * x0) / self.sigma
+
+    def like(self, x: Pictures) -> "NoiseLevel":
+        """One level per picture of x: (b,) values become (b,1,1,1) in x's dtype and device."""
+        return NoiseLevel(*(v.to(x.dtype).to(x.device).reshape(-1, 1, 1, 1) for v in self))
+
+
+class Schedule(Protocol):
+    """Maps time to noise level, and back."""
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        """The level at each t in [0, 1]; float64."""
+        ...
+
+    def at(self, ratio: Tensor) -> NoiseLevel:
+        """The level whose sigma / alpha is `ratio` (clamped to the schedule's own range)."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearBetas:
+    """DDPM (2006.11239): beta grows linearly over `steps` steps.
+
+    Between the table's entries ln(sigma / alpha) is interpolated; on them it is exact.
+    """
+
+    steps: int = 1000
+    first: float = 1e-4
+    last: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not 0.0 < self.first <= self.last < 1.0:
+            raise ConfigError(
+                "LinearBetas needs steps >= 2 and 0 < first <= last < 1;"
+                f" got steps={self.steps}, first={self.first}, last={self.last}"
+            )
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _level_from_table(_linear_table(self), t)
+
+    def at(self, ratio: Tensor) -> NoiseLevel:
+        return _level_at(_linear_table(self), ratio)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Improved DDPM (2102.09672, eq. 17): alpha^2 follows a squared cosine, betas capped."""
+
+    steps: int = 1000
+    offset: float = 0.008
+    max_beta: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not 0.0 <= self.offset < 1.0 or not 0.0 < self.max_beta < 1.0:
+            raise ConfigError(
+                "Cosine needs steps >= 2, 0 <= offset < 1 and 0 < max_beta < 1;"
+                f" got steps={self.steps}, offset={self.offset}, max_beta={self.max_beta}"
+            )
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _level_from_table(_cosine_table(self), t)
+
+    def at(self, ratio: Tensor) -> NoiseLevel:
+        return _level_at(_cosine_table(self), ratio)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """EDM (2206.00364): alpha is 1 and ln sigma is uniform between the two ends."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not MIN_SIGMA <= self.sigma_min < self.sigma_max < math.inf:
+            raise ConfigError(
+                f"Karras needs {MIN_SIGMA} <= sigma_min < sigma_max;"
+                f" got sigma_min={self.sigma_min}, sigma_max={self.sigma_max}"
+            )
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        t = t.double()
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return NoiseLevel(torch.ones_like(t), torch.exp(low + (high - low) * t), t)
+
+    def at(self, ratio: Tensor) -> NoiseLevel:
+        sigma = ratio.double().clamp(self.sigma_min, self.sigma_max)
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return NoiseLevel(torch.ones_like(sigma), sigma, (sigma.log() - low) / (high - low))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow / flow matching (2209.03003, 2210.02747): a straight line, alpha = 1 - t."""
+
+    t_min: float = MIN_SIGMA
+
+    def __post_init__(self) -> None:
+        if not MIN_SIGMA <= self.t_min < 1.0:
+            raise ConfigError(f"Flow needs {MIN_SIGMA} <= t_min < 1; got t_min={self.t_min}")
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        t = t.double().clamp(min=self.t_min)
+        return NoiseLevel(1 - t, t, t)
+
+    def at(self, ratio: Tensor) -> NoiseLevel:
+        ratio = ratio.double()
+        t = torch.where(ratio.isinf(), torch.ones_like(ratio), ratio / (1 + ratio))
+        return self(t)
+
+
+def clean() -> NoiseLevel:
+    """The noiseless level, at which no denoiser is ever called."""
+    one = torch.ones((), dtype=torch.float64)
+    return NoiseLevel(one, torch.zeros_like(one), torch.zeros_like(one))
+
+
+def _alpha_sigma(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha^2 + sigma^2 = 1 with sigma / alpha = exp(log_ratio), without cancellation."""
+    return torch.sigmoid(-2 * log_ratio).sqrt(), torch.sigmoid(2 * log_ratio).sqrt()
+
+
+def _level_from_table(table: Tensor, t: Tensor) -> NoiseLevel:
+    """Interpolate ln(sigma / alpha) at t = i / (T - 1); exact on the entries."""
+    t = t.double()
+    position = t.clamp(0, 1) * (len(table) - 1)
+    nearest = position.round()  # i / (T - 1) * (T - 1) may miss i by a rounding
+    position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
+    low = position.floor().long().clamp(max=len(table) - 2)
+    weight = position - low
+    log_ratio = torch.lerp(table[low], table[low + 1], weight)
+    return NoiseLevel(*_alpha_sigma(log_ratio), t)
+
+
+def _level_at(table: Tensor, ratio: Tensor) -> NoiseLevel:
+    log_ratio = ratio.double().log().clamp(table[0], table[-1])
+    high = torch.searchsorted(table, log_ratio.contiguous()).clamp(1, len(table) - 1)
+    span = table[high] - table[high - 1]
+    t = (high - 1 + (log_ratio - table[high - 1]) / span) / (len(table) - 1)
+    return NoiseLevel(*_alpha_sigma(log_ratio), t)
+
+
+def _log_ratios(betas: Tensor) -> Tensor:
+    """ln(sigma / alpha) of each step, from log(alpha_bar) so that small sigma keeps its digits."""
+    log_alpha_bar = torch.log1p(-betas).cumsum(0)
+    return (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
+
+
+@cache
+def _linear_table(schedule: LinearBetas) -> Tensor:
+    betas = torch.linspace(schedule.first, schedule.last, schedule.steps, dtype=torch.float64)
+    return _log_ratios(betas)
+
+
+@cache
+def _cosine_table(schedule: Cosine) -> Tensor:
+    i = torch.arange(schedule.steps + 1, dtype=torch.float64) / schedule.steps
+    alpha_bar = torch.cos((i + schedule.offset) / (1 + schedule.offset) * (math.pi / 2)).square()
+    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=schedule.max_beta)
+    return _log_ratios(betas)
+
+
+# --- grids of levels for sampling ---------------------------------------------------------------
+
+Spacing = Callable[[Schedule, int], NoiseLevel]
+
+
+def uniform(schedule: Schedule, steps: int) -> NoiseLevel:
+    """`steps` levels evenly spaced in t, from t = 1 down, without the clean end."""
+    return schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1])
+
+
+@dataclass(frozen=True)
+class KarrasSpacing:
+    """sigma / alpha spaced by the rho-th root (2206.00364, eq. 5), clipped to the schedule."""
+
+    rho: float = 7.0
+    low: float = 0.002
+    high: float = 80.0
+
+    def __call__(self, schedule: Schedule, steps: int) -> NoiseLevel:
+        ends = schedule.at(torch.tensor([self.high, self.low], dtype=torch.float64)).ratio
+        fraction = torch.linspace(0, 1, steps, dtype=torch.float64)
+        high, low = (end ** (1 / self.rho) for end in ends)
+        return schedule.at((high + fraction * (low - high)) ** self.rho)
+
+
+def levels(
+    schedule: Schedule, steps: int, spacing: Spacing | None = None
+) -> tuple[NoiseLevel, ...]:
+    """steps + 1 levels from noisiest to exactly clean; 0-d float64 on the CPU.
+
+    0-d CPU tensors neither promote a float32 picture nor make a device wait.
+
+    Args:
+        spacing: `uniform` in t, or `KarrasSpacing()` (the default).
+
+    Raises:
+        ConfigError: `steps` is below 1.
+    """
+    if steps < 1:
+        raise ConfigError(f"num_inference_steps must be at least 1; got {steps}")
+    grid = (spacing or KarrasSpacing())(schedule, steps)
+    return (*(NoiseLevel(*values) for values in zip(*grid, strict=True)), clean())
+
+
+def descending(schedule: Schedule, ratios: Tensor) -> tuple[NoiseLevel, ...]:
+    """A grid through given values of sigma / alpha, without the clean end."""
+    grid = schedule.at(ratios)
+    return tuple(NoiseLevel(*values) for values in zip(*grid, strict=True))
+
+
+# --- keyed random numbers -----------------------------------------------------------------------
+
+
+class Stream(IntEnum):
+    """What a random number is for. Streams never touch each other; values are part of the file
+    format: renumbering would change every run that is resumed."""
+
+    WEIGHTS = 0
+    ORDER = 1
+    AUGMENT = 2
+    LEVEL = 3
+    NOISE = 4
+    LABEL_DROP = 5
+    DROPOUT = 6
+    SAMPLE = 7
+    PREVIEW = 8
+    EVALUATE = 9
+    SPLIT = 10
+
+
+def keyed(seed: int, stream: Stream, position: int, part: int = 0) -> np.random.Generator:
+    """The generator that belongs to (seed, stream, position, part), independent of all history.
+
+    Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a bijection of
+    key and counter, so different places never share numbers. `part` numbers draws within a
+    position, such as the steps of a stochastic sampler. Drawn on the CPU: the numbers are the same
+    on every device and for every number of processes.
+    """
+    bits = np.random.Philox(key=[seed, int(stream)], counter=[0, 0, part, position])
+    return np.random.Generator(bits)
+
+
+def keyed_normal(
+    seed: int, stream: Stream, positions: range, shape: tuple[int, ...], part: int = 0
+) -> Float[Tensor, "b ..."]:
+    """Standard normal numbers, one block of `shape` per position; float32 on the CPU."""
+    out = np.empty((len(positions), *shape), dtype=np.float32)
+    for row, position in zip(out, positions, strict=True):
+        keyed(seed, stream, position, part).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def keyed_uniform(seed: int, stream: Stream, positions: range, count: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), `count` per position; float64 of shape (len(positions), count)."""
+    return np.stack([keyed(seed, stream, p).random(count) for p in positions])
+
+
+def order(seed: int, size: int, positions: range) -> np.ndarray:
+    """Which picture stands at each global position: a fresh permutation of `size` per epoch.
+
+    Position p is entry p % size of epoch p // size, so batches run across epoch ends and nothing
+    is dropped or repeated.
+    """
+    return np.array([_permutation(seed, size, p // size)[p % size] for p in positions])
+
+
+@lru_cache(maxsize=4)  # a batch touches one or two epochs
+def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
+    return keyed(seed, Stream.ORDER, epoch).permutation(size)

@@ -1,0 +1,397 @@
+"""The network: one layer per op, and a forward pass that is the program.
+
+Features have shape (batch, channels, height, width). The network knows neither noise nor
+diffusion: it gets a picture, one number per picture (`timestep`) and perhaps a class label.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from undiffuse.errors import ConfigError
+from undiffuse.spec import (
+    Act,
+    Activation,
+    Attn,
+    Concat,
+    Conv,
+    Down,
+    Downsampling,
+    Embedding,
+    Inject,
+    Join,
+    Order,
+    Out,
+    Res,
+    Resize,
+    Site,
+    Skip,
+    Style,
+    UNetSpec,
+    Up,
+    Upsampling,
+    largest_divisor,
+    trace,
+)
+
+Features = Float[Tensor, "b c h w"]
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.RELU: F.relu,
+}
+
+
+class UNet(nn.Module):
+    """A network built from a `UNetSpec`; weights are named `layers.<site name>.<part>`."""
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.stride = spec.stride
+        sites = list(trace(spec))
+        hears = any(isinstance(site.op, Res) for site in sites)
+        self.embedding = TimestepEmbedding(spec.style.embedding) if hears else None
+        self.layers = nn.ModuleDict({site.name: build(site, spec.style) for site in sites})
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        timestep: Shaped[Tensor, "b"],
+        label: Int[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b d h w"]:
+        """Run the program.
+
+        Args:
+            x: any height and width; sizes that cannot be halved are padded inside.
+            timestep: what the network is told about the noise: any real number per picture.
+            label: 0 ... classes - 1; classes means "no class" where the spec has a null row.
+
+        Raises:
+            ConfigError: shapes, dtypes or labels do not fit this network.
+        """
+        _check_inputs(self.spec, x, timestep, label)
+        height, width = x.shape[-2:]
+        h = pad_to_multiple(x, self.stride)
+        emb = self.embedding(timestep, label, h.dtype) if self.embedding is not None else None
+        skips: list[Tensor] = []
+        for layer in self.layers.values():
+            if isinstance(layer, PushSkip):
+                skips.append(layer(h))
+            elif isinstance(layer, ConcatSkip):
+                h = layer(h, skips.pop())
+            elif isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            else:
+                h = layer(h)
+        return h[..., :height, :width]
+
+
+def build(site: Site, style: Style) -> nn.Module:
+    """The layer of one op."""
+    match site.op:
+        case Conv(width, kernel):
+            return nn.Conv2d(site.in_width, width, kernel, padding=kernel // 2)
+        case Res(width, resize):
+            return ResBlock(site.in_width, width, style, resize)
+        case Attn(heads, norm):
+            return AttentionBlock(site.in_width, heads, norm, style)
+        case Down(by):
+            return Downsample(site.in_width, site.out_width, by)
+        case Up(by):
+            return Upsample(site.in_width, site.out_width, by)
+        case Act(by):
+            return Activate(by)
+        case Skip():
+            return PushSkip()
+        case Concat(by):
+            return ConcatSkip(by)
+        case Out(kernel, norm):
+            return Head(site.in_width, site.out_width, kernel, norm, style)
+
+
+class TimestepEmbedding(nn.Module):
+    """timestep (b) [and label (b)] -> vector (b, out) that every residual block hears."""
+
+    frequencies: Tensor
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self.options = embedding
+        self.register_buffer("frequencies", _frequencies(embedding), persistent=False)
+        self.linear1 = nn.Linear(embedding.width, embedding.hidden)
+        self.linear2 = nn.Linear(embedding.hidden, embedding.out)
+        rows = embedding.classes + int(embedding.null)
+        self.labels = nn.Embedding(rows, embedding.out) if rows else None
+
+    def forward(
+        self, timestep: Shaped[Tensor, "b"], label: Int[Tensor, "b"] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "b e"]:
+        emb = self.linear1(self.sinusoid(timestep).to(dtype))
+        emb = self.linear2(ACTIVATIONS[self.options.activation](emb))
+        if self.labels is not None:
+            emb = emb + self.labels(self._or_null(label, timestep))
+        if self.options.final_activation is not None:
+            emb = ACTIVATIONS[self.options.final_activation](emb)
+        return emb
+
+    def sinusoid(self, timestep: Shaped[Tensor, "b"]) -> Float[Tensor, "b w"]:
+        """sin and cos of timestep times each frequency (1706.03762, section 3.5).
+
+        In float32 whatever the network's precision: timestep 999 has no exact bfloat16.
+        """
+        angles = timestep.float()[:, None] * self.frequencies.float()
+        halves = (angles.sin(), angles.cos())
+        emb = torch.cat(halves if self.options.sin_first else halves[::-1], dim=1)
+        return F.pad(emb, (0, self.options.width % 2))
+
+    def _or_null(self, label: Tensor | None, timestep: Tensor) -> Tensor:
+        if label is not None:
+            return label
+        return torch.full_like(timestep, self.options.classes, dtype=torch.int64)
+
+
+def _frequencies(embedding: Embedding) -> Float[Tensor, "half"]:
+    half = embedding.width // 2
+    steps = half - 1 if embedding.half_minus_one else half
+    return torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10_000.0) / steps))
+
+
+class ResBlock(nn.Module):
+    """x + f(x, emb), f two convolutions with the noise level injected between them.
+
+    DDPM's block (2006.11239) with the variations that `Style` names. At zero initialisation of
+    `conv2` the block starts as its shortcut.
+    """
+
+    def __init__(self, in_width: int, out_width: int, style: Style, resize: Resize | None) -> None:
+        super().__init__()
+        self.style, self.resize = style, resize
+        norm_first = style.order is Order.NORM_ACT_CONV
+        both = 2 if style.inject is Inject.SCALE_SHIFT else 1
+        self.norm1 = group_norm(in_width if norm_first else out_width, style)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.time_proj = nn.Linear(style.embedding.out, both * out_width)
+        self.norm2 = group_norm(out_width, style)
+        self.dropout = nn.Dropout(style.dropout)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        projected = in_width != out_width or (resize is not None and style.project_resized)
+        self.shortcut = nn.Conv2d(in_width, out_width, 1) if projected else nn.Identity()
+        if style.zero_init:
+            zero_(self.conv2)
+
+    def forward(self, x: Features, emb: Float[Tensor, "b e"]) -> Features:
+        act = ACTIVATIONS[self.style.activation]
+        parts = self.time_proj(emb)[..., None, None].chunk(self._injected(), dim=1)
+        if self.style.order is Order.NORM_ACT_CONV:
+            h = self.conv1(resample(norm_act(self.norm1, x, act), self.resize))
+            h = self._inject_norm_act(h, parts, act)
+            h = self.conv2(self.dropout(h))
+        else:
+            h = self.norm1(act(self.conv1(resample(x, self.resize))))
+            h = h * (1 + parts[0]) + parts[1] if len(parts) == 2 else h + parts[0]
+            h = self.norm2(act(self.conv2(self.dropout(h))))
+        h = self.shortcut(resample(x, self.resize)) + h
+        return h if self.style.skip_gain == 1.0 else h * self.style.skip_gain
+
+    def _injected(self) -> int:
+        return 2 if self.style.inject is Inject.SCALE_SHIFT else 1
+
+    def _inject_norm_act(
+        self, h: Tensor, parts: tuple[Tensor, ...], act: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        if len(parts) == 1:
+            return norm_act(self.norm2, h + parts[0], act)
+        scale, shift = parts
+        return act(self.norm2(h) * (1 + scale) + shift)
+
+
+class AttentionBlock(nn.Module):
+    """x + proj(attention(norm(x))) over all h*w positions.
+
+    Rows of `qkv` are ordered (query, key, value)(head)(channel).
+    """
+
+    def __init__(self, width: int, heads: int, norm: bool, style: Style) -> None:
+        super().__init__()
+        self.heads, self.skip_gain = heads, style.skip_gain
+        self.norm = group_norm(width, style) if norm else nn.Identity()
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+        if style.zero_init:
+            zero_(self.proj)
+
+    def forward(self, x: Features) -> Features:
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
+        return x + h if self.skip_gain == 1.0 else (x + h) * self.skip_gain
+
+
+class Downsample(nn.Module):
+    """Halve height and width."""
+
+    def __init__(self, in_width: int, out_width: int, by: Downsampling) -> None:
+        super().__init__()
+        self.by = by
+        match by:
+            case Downsampling.CONV:
+                self.conv = nn.Conv2d(in_width, out_width, 3, stride=2, padding=1)
+            case Downsampling.CONV_END:
+                self.conv = nn.Conv2d(in_width, out_width, 3, stride=2)
+            case Downsampling.CONV4:
+                self.conv = nn.Conv2d(in_width, out_width, 4, stride=2, padding=1)
+            case Downsampling.MAX | Downsampling.AVG:
+                self.conv = None
+
+    def forward(self, x: Features) -> Features:
+        if self.conv is None:
+            return F.max_pool2d(x, 2) if self.by is Downsampling.MAX else F.avg_pool2d(x, 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.by is Downsampling.CONV_END else x)
+
+
+class Upsample(nn.Module):
+    """Double height and width."""
+
+    def __init__(self, in_width: int, out_width: int, by: Upsampling) -> None:
+        super().__init__()
+        self.doubles = by is not Upsampling.DECONV4
+        match by:
+            case Upsampling.NEAREST:
+                self.conv = nn.Identity()
+            case Upsampling.NEAREST_CONV:
+                self.conv = nn.Conv2d(in_width, out_width, 3, padding=1)
+            case Upsampling.DECONV4:
+                self.conv = nn.ConvTranspose2d(in_width, out_width, 4, stride=2, padding=1)
+
+    def forward(self, x: Features) -> Features:
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.doubles else x)
+
+
+class Head(nn.Module):
+    """The last op: (norm, activation,) convolution to the output channels."""
+
+    def __init__(
+        self, in_width: int, out_channels: int, kernel: int, norm: bool, style: Style
+    ) -> None:
+        super().__init__()
+        self.norm = group_norm(in_width, style) if norm else None
+        self.activation = style.activation
+        self.conv = nn.Conv2d(in_width, out_channels, kernel, padding=kernel // 2)
+        if style.zero_init:
+            zero_(self.conv)
+
+    def forward(self, x: Features) -> Features:
+        if self.norm is not None:
+            x = norm_act(self.norm, x, ACTIVATIONS[self.activation])
+        return self.conv(x)
+
+
+class Activate(nn.Module):
+    """A bare activation."""
+
+    def __init__(self, by: Activation) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Features) -> Features:
+        return ACTIVATIONS[self.by](x)
+
+
+class PushSkip(nn.Identity):
+    """Stands where a skip leaves, so that hooks can record or cut it."""
+
+
+class ConcatSkip(nn.Module):
+    """Stands where a skip comes back: (features, skip) along channels, or their sum."""
+
+    def __init__(self, by: Join) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Features, skip: Features) -> Features:
+        return torch.cat((x, skip), dim=1) if self.by is Join.CONCAT else x + skip
+
+
+def group_norm(width: int, style: Style) -> nn.GroupNorm:
+    """GroupNorm (1803.08494) with the largest number of groups that divides `width`."""
+    return nn.GroupNorm(largest_divisor(width, style.groups), width, style.eps)
+
+
+def norm_act(norm: nn.Module, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """Norm and activation in one place, so that one fused kernel can replace both."""
+    return act(norm(x))
+
+
+def resample(x: Tensor, resize: Resize | None) -> Tensor:
+    """Average pooling or nearest neighbour inside a residual block; None leaves x alone."""
+    match resize:
+        case Resize.DOWN:
+            return F.avg_pool2d(x, 2)
+        case Resize.UP:
+            return F.interpolate(x, scale_factor=2.0)
+        case None:
+            return x
+
+
+def pad_to_multiple(x: Features, multiple: int) -> Features:
+    """Repeat the right and bottom edge until both sides divide by `multiple`."""
+    height, width = x.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if bottom == 0 and right == 0:
+        return x
+    return F.pad(x, (0, right, 0, bottom), mode="replicate")
+
+
+def zero_(layer: nn.Conv2d) -> None:
+    """Let a layer start as the zero function (2105.05233, 1706.02677)."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _check_inputs(spec: UNetSpec, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
+    if x.ndim != 4 or x.shape[1] != spec.in_channels or not x.is_floating_point():
+        raise ConfigError(
+            f"x must be float [batch, {spec.in_channels}, height, width];"
+            f" got {list(x.shape)} {x.dtype}{_layout_hint(spec, x)}"
+        )
+    if 0 in x.shape:
+        raise ConfigError(f"x must not be empty; got {list(x.shape)}")
+    if timestep.shape != (x.shape[0],):
+        raise ConfigError(
+            f"timestep must have one number per picture, shape [{x.shape[0]}];"
+            f" got {list(timestep.shape)}"
+        )
+    _check_label(spec, x, label)
+
+
+def _layout_hint(spec: UNetSpec, x: Tensor) -> str:
+    if x.ndim in (3, 4) and x.shape[-1] == spec.in_channels:
+        return ", which looks like height x width x channels: use x.movedim(-1, -3)"
+    return ""
+
+
+def _check_label(spec: UNetSpec, x: Tensor, label: Tensor | None) -> None:
+    embedding = spec.style.embedding
+    if label is None:
+        if embedding.classes and not embedding.null:
+            raise ConfigError(
+                f"label is missing: this network has {embedding.classes} classes and no row for"
+                " 'no class'; pass label"
+            )
+        return
+    if not embedding.classes:
+        raise ConfigError(f"label must be None: this network has no classes; got {label.shape}")
+    if label.shape != (x.shape[0],) or label.is_floating_point():
+        raise ConfigError(
+            f"label must be whole numbers of shape [{x.shape[0]}]; got {list(label.shape)}"
+            f" {label.dtype}"
+        )
