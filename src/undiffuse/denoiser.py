@@ -11,7 +11,7 @@ so one loss line serves every paper. Every type works with every schedule at whi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,7 @@ class Preconditioning(NamedTuple):
     c_noise: Tensor
 
 
+@runtime_checkable
 class Prediction(Protocol):
     """level -> the four numbers."""
 

@@ -45,3 +45,9 @@ class ResourceError(UndiffuseError):
     """Memory, disk space or permission to write is missing."""
 
     exit_code = 7
+
+
+class QualityError(UndiffuseError):
+    """A measured figure is on the wrong side of the limit that the user set."""
+
+    exit_code = 6

@@ -59,9 +59,8 @@ def within(inside: Denoise, outside: Denoise, low: float, high: float) -> Denois
     """
 
     def denoise(x: Pictures, level: NoiseLevel) -> Pictures:
-        # multiplied out: alpha may be 0 at the noisiest level
-        chosen = low * level.alpha <= level.sigma <= high * level.alpha
-        return (inside if bool(chosen) else outside)(x, level)
+        chosen = low <= float(level.ratio) <= high  # infinite where alpha is 0
+        return (inside if chosen else outside)(x, level)
 
     return denoise
 

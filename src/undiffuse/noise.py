@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class NoiseLevel(NamedTuple):
         return NoiseLevel(*(v.to(x.dtype).to(x.device).reshape(-1, 1, 1, 1) for v in self))
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Maps time to noise level, and back."""
 
@@ -76,9 +77,9 @@ class LinearBetas:
     last: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or not 0.0 < self.first <= self.last < 1.0:
+        if self.steps < 2 or not MIN_SIGMA**2 <= self.first <= self.last < 1.0:
             raise ConfigError(
-                "LinearBetas needs steps >= 2 and 0 < first <= last < 1;"
+                f"LinearBetas needs steps >= 2 and {MIN_SIGMA**2:g} <= first <= last < 1;"
                 f" got steps={self.steps}, first={self.first}, last={self.last}"
             )
 
@@ -102,6 +103,11 @@ class Cosine:
             raise ConfigError(
                 "Cosine needs steps >= 2, 0 <= offset < 1 and 0 < max_beta < 1;"
                 f" got steps={self.steps}, offset={self.offset}, max_beta={self.max_beta}"
+            )
+        if float(_cosine_table(self)[0]) < math.log(MIN_SIGMA):
+            raise ConfigError(
+                f"Cosine's first step must have sigma >= {MIN_SIGMA}; use fewer than"
+                f" {self.steps} steps or an offset above {self.offset}"
             )
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -284,9 +290,14 @@ def keyed(seed: int, stream: Stream, position: int, part: int = 0) -> np.random.
     key and counter, so different places never share numbers. `part` numbers draws within a
     position, such as the steps of a stochastic sampler. Drawn on the CPU: the numbers are the same
     on every device and for every number of processes.
+
+    Raises:
+        ConfigError: `seed` is outside [0, 2^64).
     """
-    bits = np.random.Philox(key=[seed, int(stream)], counter=[0, 0, part, position])
-    return np.random.Generator(bits)
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed must be between 0 and 2^64 - 1; got {seed}")
+    key = np.array([seed, int(stream)], dtype=np.uint64)  # a plain list passes through float64
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, part, position]))
 
 
 def keyed_normal(
@@ -299,9 +310,14 @@ def keyed_normal(
     return torch.from_numpy(out)
 
 
-def keyed_uniform(seed: int, stream: Stream, positions: range, count: int) -> np.ndarray:
+def keyed_uniform(
+    seed: int, stream: Stream, positions: range, count: int, part: int = 0
+) -> np.ndarray:
     """Uniform numbers in [0, 1), `count` per position; float64 of shape (len(positions), count)."""
-    return np.stack([keyed(seed, stream, p).random(count) for p in positions])
+    out = np.empty((len(positions), count))
+    for row, position in zip(out, positions, strict=True):
+        keyed(seed, stream, position, part).random(out=row)
+    return out
 
 
 def order(seed: int, size: int, positions: range) -> np.ndarray:
@@ -310,7 +326,8 @@ def order(seed: int, size: int, positions: range) -> np.ndarray:
     Position p is entry p % size of epoch p // size, so batches run across epoch ends and nothing
     is dropped or repeated.
     """
-    return np.array([_permutation(seed, size, p // size)[p % size] for p in positions])
+    places = [_permutation(seed, size, p // size)[p % size] for p in positions]
+    return np.array(places, dtype=np.int64)
 
 
 @lru_cache(maxsize=4)  # a batch touches one or two epochs

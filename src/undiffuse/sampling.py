@@ -13,7 +13,7 @@ Histories of multistep methods are local variables, so nothing is left over betw
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ class Step(NamedTuple):
     level: NoiseLevel
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What `ddim`, `ddpm`, `heun` and `dpmpp_2m` have in common."""
 

@@ -15,8 +15,10 @@ The shape is that of U-Net (Ronneberger et al. 2015, 1505.04597); the blocks are
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import islice
+from typing import cast
 
 from undiffuse.errors import SpecError
 
@@ -259,6 +261,7 @@ def trace(spec: UNetSpec) -> Iterator[Site]:
         SpecError: the program cannot work.
     """
     program = spec.program
+    _check_ops(program)
     if not program or not isinstance(program[-1], Out):
         raise SpecError("program must end with Out(); add Out() as its last op")
     early = next(i for i, op in enumerate(program) if isinstance(op, Out))
@@ -294,6 +297,15 @@ def trace(spec: UNetSpec) -> Iterator[Site]:
 def largest_divisor(width: int, limit: int) -> int:
     """The number of groups really used: the largest divisor of `width` that is <= `limit`."""
     return next(g for g in range(min(width, limit), 0, -1) if width % g == 0)
+
+
+def _check_ops(program: object) -> None:
+    if not isinstance(program, tuple):
+        raise SpecError(f"program must be a tuple of ops; got a {type(program).__name__}")
+    for index, op in enumerate(cast(tuple[object, ...], program)):
+        if not isinstance(op, OPS):
+            names = ", ".join(kind.__name__ for kind in OPS)
+            raise SpecError(f"op {index} is {op!r}, which is no op; use one of {names}")
 
 
 def _count_missing(scale: int) -> str:
@@ -333,6 +345,7 @@ def _check_concat(index: int, op: Concat, width: int, scale: int, saved: _Saved)
 
 
 def _out_width(index: int, op: Op, width: int, saved: _Saved | None, out_channels: int) -> int:
+    _check_choices(index, op)
     match op:
         case Conv() | Res():
             _check_positive(f"op {index} {type(op).__name__}: width", op.width)
@@ -404,8 +417,32 @@ def _check_positive(what: str, value: object) -> None:
         raise SpecError(f"{what} must be a whole number of at least 1; got {value!r}")
 
 
+def _check_choice(what: str, value: object, kind: type[StrEnum]) -> None:
+    if not isinstance(value, kind):
+        legal = ", ".join(f"{kind.__name__}.{one.name}" for one in kind)
+        raise SpecError(f"{what} must be one of {legal}; got {value!r}")
+
+
+def _check_choices(index: int, op: Op) -> None:
+    match op:
+        case Down(by):
+            _check_choice(f"op {index} Down: by", by, Downsampling)
+        case Up(by):
+            _check_choice(f"op {index} Up: by", by, Upsampling)
+        case Act(by):
+            _check_choice(f"op {index} Act: by", by, Activation)
+        case Concat(by):
+            _check_choice(f"op {index} Concat: by", by, Join)
+        case Res(resize=resize) if resize is not None:
+            _check_choice(f"op {index} Res: resize", resize, Resize)
+        case _:
+            pass
+
+
 def _check_kernel(index: int, op: Op) -> None:
-    if isinstance(op, Conv | Out) and (type(op.kernel) is not int or op.kernel % 2 != 1):
+    if not isinstance(op, Conv | Out):
+        return
+    if type(op.kernel) is not int or op.kernel < 1 or op.kernel % 2 == 0:
         raise SpecError(
             f"op {index} {type(op).__name__}: kernel must be odd so that sizes are kept;"
             f" got {op.kernel!r}"
@@ -415,8 +452,8 @@ def _check_kernel(index: int, op: Op) -> None:
 def _check_heads(index: int, op: Attn, width: int) -> None:
     _check_positive(f"op {index} Attn: heads", op.heads)
     if width % op.heads:
-        legal = [h for h in range(1, width + 1) if width % h == 0]
-        shown = ", ".join(str(h) for h in legal[:8])
+        legal = (h for h in range(1, min(width, 1024) + 1) if width % h == 0)
+        shown = ", ".join(str(h) for h in islice(legal, 8))
         raise SpecError(
             f"op {index} Attn(heads={op.heads}): {width} channels do not split into"
             f" {op.heads} heads; {shown} do"
@@ -425,19 +462,29 @@ def _check_heads(index: int, op: Attn, width: int) -> None:
 
 def _check_style(style: Style) -> None:
     _check_positive("style.groups", style.groups)
-    if not 0.0 <= style.dropout < 1.0:
+    if not (_is_finite(style.dropout) and 0.0 <= style.dropout < 1.0):
         raise SpecError(f"style.dropout must be at least 0 and below 1; got {style.dropout!r}")
-    if not style.eps > 0.0:
-        raise SpecError(f"style.eps must be above 0; got {style.eps!r}")
-    if not (math.isfinite(style.skip_gain) and style.skip_gain > 0.0):
-        raise SpecError(f"style.skip_gain must be above 0; got {style.skip_gain!r}")
+    for name in ("eps", "skip_gain"):
+        value = getattr(style, name)
+        if not (_is_finite(value) and value > 0.0):
+            raise SpecError(f"style.{name} must be a finite number above 0; got {value!r}")
+    _check_choice("style.order", style.order, Order)
+    _check_choice("style.inject", style.inject, Inject)
+    _check_choice("style.activation", style.activation, Activation)
     _check_embedding(style.embedding)
 
 
+def _is_finite(value: object) -> bool:
+    """True for a finite float or int; False for everything else, a bool included."""
+    return type(value) in (float, int) and math.isfinite(cast(float, value))
+
+
 def _check_embedding(embedding: Embedding) -> None:
-    for one in fields(embedding):
-        if one.name in ("width", "hidden", "out"):
-            _check_positive(f"embedding.{one.name}", getattr(embedding, one.name))
+    for name in ("width", "hidden", "out"):
+        _check_positive(f"embedding.{name}", getattr(embedding, name))
+    _check_choice("embedding.activation", embedding.activation, Activation)
+    if embedding.final_activation is not None:
+        _check_choice("embedding.final_activation", embedding.final_activation, Activation)
     if embedding.width < 2:
         raise SpecError(f"embedding.width must be at least 2; got {embedding.width}")
     if type(embedding.classes) is not int or embedding.classes < 0:

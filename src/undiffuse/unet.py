@@ -135,7 +135,7 @@ class TimestepEmbedding(nn.Module):
         emb = self.linear1(self.sinusoid(timestep).to(dtype))
         emb = self.linear2(ACTIVATIONS[self.options.activation](emb))
         if self.labels is not None:
-            emb = emb + self.labels(self._or_null(label, timestep))
+            emb = emb + self._rows(self.labels, self._or_null(label, timestep))
         if self.options.final_activation is not None:
             emb = ACTIVATIONS[self.options.final_activation](emb)
         return emb
@@ -152,8 +152,28 @@ class TimestepEmbedding(nn.Module):
 
     def _or_null(self, label: Tensor | None, timestep: Tensor) -> Tensor:
         if label is not None:
-            return label
+            return label.long()
         return torch.full_like(timestep, self.options.classes, dtype=torch.int64)
+
+    def _rows(self, table: nn.Embedding, label: Tensor) -> Tensor:
+        # Asking for the largest label first would make a GPU wait at every step; the table
+        # itself complains on the CPU.
+        try:
+            return table(label)
+        except IndexError as error:
+            null = f", or {self.options.classes} for no class" if self.options.null else ""
+            raise ConfigError(
+                f"label must be in 0…{self.options.classes - 1}{null}; got {label.tolist()}"
+            ) from error
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "TimestepEmbedding":
+        """Let the frequencies move with the layer but never round them, as `.bfloat16()` would:
+        at timestep 999 an error of 2^-9 is an angle of two radians."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        if not exact.is_meta:
+            self.frequencies = exact.to(self.frequencies.float())
+        return self
 
 
 def _frequencies(embedding: Embedding) -> Float[Tensor, "half"]:
@@ -229,7 +249,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Features) -> Features:
         b, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        # The fused kernels want the channels of a head next to each other; without the copy
+        # torch falls back to one that stores all n² scores.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
         return x + h if self.skip_gain == 1.0 else (x + h) * self.skip_gain
@@ -320,9 +342,20 @@ class ConcatSkip(nn.Module):
         return torch.cat((x, skip), dim=1) if self.by is Join.CONCAT else x + skip
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (1803.08494) for any size.
+
+    torch's layer refuses groups of a single value, which one small picture on the deepest level
+    can have; normalised, such a value is 0.
+    """
+
+    def forward(self, input: Features) -> Features:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def group_norm(width: int, style: Style) -> nn.GroupNorm:
-    """GroupNorm (1803.08494) with the largest number of groups that divides `width`."""
-    return nn.GroupNorm(largest_divisor(width, style.groups), width, style.eps)
+    """GroupNorm with the largest number of groups, at most `style.groups`, that divides `width`."""
+    return GroupNorm(largest_divisor(width, style.groups), width, style.eps)
 
 
 def norm_act(norm: nn.Module, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -358,6 +391,8 @@ def zero_(layer: nn.Conv2d) -> None:
 
 
 def _check_inputs(spec: UNetSpec, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
+    for name, value in (("x", x), ("timestep", timestep), ("label", label)):
+        _check_tensor(name, value, optional=name == "label")
     if x.ndim != 4 or x.shape[1] != spec.in_channels or not x.is_floating_point():
         raise ConfigError(
             f"x must be float [batch, {spec.in_channels}, height, width];"
@@ -365,12 +400,19 @@ def _check_inputs(spec: UNetSpec, x: Tensor, timestep: Tensor, label: Tensor | N
         )
     if 0 in x.shape:
         raise ConfigError(f"x must not be empty; got {list(x.shape)}")
-    if timestep.shape != (x.shape[0],):
+    if timestep.shape != (x.shape[0],) or timestep.is_complex():
         raise ConfigError(
             f"timestep must have one number per picture, shape [{x.shape[0]}];"
-            f" got {list(timestep.shape)}"
+            f" got {list(timestep.shape)} {timestep.dtype}"
         )
     _check_label(spec, x, label)
+
+
+def _check_tensor(name: str, value: object, optional: bool) -> None:
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        raise ConfigError(
+            f"{name} must be a torch.Tensor; got {type(value).__name__}: use torch.as_tensor"
+        )
 
 
 def _layout_hint(spec: UNetSpec, x: Tensor) -> str:
@@ -389,9 +431,15 @@ def _check_label(spec: UNetSpec, x: Tensor, label: Tensor | None) -> None:
             )
         return
     if not embedding.classes:
-        raise ConfigError(f"label must be None: this network has no classes; got {label.shape}")
-    if label.shape != (x.shape[0],) or label.is_floating_point():
+        raise ConfigError(
+            f"label must be None: this network has no classes; got {list(label.shape)}"
+        )
+    if label.shape != (x.shape[0],) or not _is_whole(label):
         raise ConfigError(
             f"label must be whole numbers of shape [{x.shape[0]}]; got {list(label.shape)}"
             f" {label.dtype}"
         )
+
+
+def _is_whole(label: Tensor) -> bool:
+    return not (label.is_floating_point() or label.is_complex() or label.dtype is torch.bool)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from undiffuse.errors import DataError
-from undiffuse.images._pixels import Pixels, to_float
+from undiffuse.images._pixels import STORED, Pixels, to_float
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         shape, dtype = self.pixels.shape, self.pixels.dtype
-        if len(shape) != 4 or dtype not in (np.uint8, np.uint16, np.float32):
+        if len(shape) != 4 or dtype.name not in STORED:
             raise DataError(f"pixels must be (n, c, h, w) uint8, uint16 or float32; got {shape}")
         if shape[2] < self.size[0] or shape[3] < self.size[1]:
             raise DataError(f"size {self.size} does not fit into pictures of {shape[2:]}")
@@ -145,7 +145,7 @@ def check_labels(labels: NDArray[Any], count: int, classes: int) -> None:
             f"labels must be {count} whole numbers, one per picture; "
             f"got {labels.dtype} of shape {labels.shape}"
         )
-    if count and not (0 <= labels.min() and labels.max() < classes):
+    if count and not (labels.min() >= 0 and labels.max() < classes):
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise DataError(f"labels must be in 0…{classes - 1}; got {wrong}")
 

@@ -7,15 +7,15 @@ Only regular files are opened, only six formats are tried, and a header that ann
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from undiffuse.errors import ConfigError, DataError
@@ -101,7 +101,7 @@ def check_channels(channels: int) -> None:
 
 
 @contextmanager
-def pillow_warnings() -> Iterator[None]:
+def pillow_warnings() -> Generator[None, None, None]:
     """Bomb warnings are errors and other warnings of Pillow silent, in worker threads too.
 
     To be entered by the thread that starts the workers: warning filters belong to the process.
@@ -136,7 +136,8 @@ def decode(path: Path, target: Target) -> Pixels:
         orientation = _orientation(image)
         if target.size is not None:
             # JPEG can decode at 1/2, 1/4, 1/8: twice the wanted size leaves Lanczos its work.
-            image.draft(None, (2 * max(target.size),) * 2)
+            enough = 2 * max(target.size)
+            image.draft(None, (enough, enough))
         image.load()
         flat = _flatten(image, target)
         if image.format != "TIFF" and orientation in _UPRIGHT:  # Pillow turns TIFF by itself
@@ -148,7 +149,7 @@ def decode(path: Path, target: Target) -> Pixels:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Generator[BufferedReader, None, None]:
     """Open a regular file, never blocking on a pipe or device. Raises BadImage."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -167,7 +168,7 @@ _O_BINARY: int = getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Generator[ImageFile.ImageFile, None, None]:
     with open_regular(path) as file:
         try:
             with Image.open(file, formats=FORMATS) as image:
@@ -177,7 +178,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         except BadImage:
             raise
         # Damaged files make Pillow's decoders raise nearly anything.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise BadImage(_reason(error)) from error
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 Pixels = NDArray[Any]
 """(n, c, h, w) or (c, h, w): uint8 0…255, uint16 0…65535, or float32 in [-1, 1]."""
 
+STORED = ("uint8", "uint16", "float32")
+
 
 def to_float(pixels: Pixels | Tensor) -> Float[Tensor, "..."]:
     """2v/255 - 1 for uint8, 2v/65535 - 1 for uint16; floats pass as float32, unchanged.

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
@@ -153,5 +154,6 @@ def _write(path: Path, content: bytes) -> None:
         neighbour.write_bytes(content)
         neighbour.replace(path)
     except OSError as error:
-        neighbour.unlink(missing_ok=True)
+        with suppress(OSError):
+            neighbour.unlink()
         raise ResourceError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,104 @@
+"""U-Nets that remove noise: build them, train them on a folder of pictures, generate, measure.
+
+    import undiffuse
+    model = undiffuse.fit("path/to/images", output_dir="runs/mine", resolution=64)
+    pictures = undiffuse.generate(model, 16, seed=0)
+    undiffuse.images.save_grid(pictures, "grid.png")
+
+Every name below is imported when it is first used (PEP 562), so that `import undiffuse` and
+`undiffuse --help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from undiffuse import (
+        checkpoint,
+        config,
+        cost,
+        denoiser,
+        drawing,
+        errors,
+        evaluation,
+        guidance,
+        images,
+        noise,
+        oracles,
+        recipes,
+        report,
+        runs,
+        runtime,
+        sampling,
+        spec,
+        training,
+        unet,
+    )
+    from undiffuse.checkpoint import Model
+    from undiffuse.denoiser import Denoiser
+    from undiffuse.recipes import preset
+    from undiffuse.runs import fit, generate, list_models, load
+    from undiffuse.spec import UNetSpec
+    from undiffuse.training import train
+    from undiffuse.unet import UNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Denoiser",
+    "Model",
+    "UNet",
+    "UNetSpec",
+    "__version__",
+    "checkpoint",
+    "config",
+    "cost",
+    "denoiser",
+    "drawing",
+    "errors",
+    "evaluation",
+    "fit",
+    "generate",
+    "guidance",
+    "images",
+    "list_models",
+    "load",
+    "noise",
+    "oracles",
+    "preset",
+    "recipes",
+    "report",
+    "runs",
+    "runtime",
+    "sampling",
+    "spec",
+    "train",
+    "training",
+    "unet",
+]
+
+# Where the names live that are not sub-modules themselves.
+_HOMES = {
+    "Denoiser": "denoiser",
+    "Model": "checkpoint",
+    "UNet": "unet",
+    "UNetSpec": "spec",
+    "fit": "runs",
+    "generate": "runs",
+    "list_models": "runs",
+    "load": "runs",
+    "preset": "recipes",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__.copy()

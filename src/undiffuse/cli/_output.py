@@ -1,0 +1,118 @@
+"""Lines, errors and JSON: everything a command says."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Output:
+    """Where a command's words go: stdout for results, stderr for the rest."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.warnings: list[str] = []
+
+    def say(self, text: str = "") -> None:
+        """A line of the result."""
+        if not self.as_json:
+            print(text)
+
+    def tell(self, text: str) -> None:
+        """A line of progress."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line of progress that `--json` repeats under "warnings"."""
+        self.warnings.append(text)
+        self.tell(f"note: {text}")
+
+    def result(self, command: str, status: str = "ok", **values: Any) -> None:
+        """With `--json`: one object on one line, at the end, alone on stdout."""
+        if self.as_json:
+            schema = {"schema": f"undiffuse.{command}/1", "status": status}
+            print(json.dumps({**schema, **values, "warnings": self.warnings}, allow_nan=False))
+
+    def error(self, code: int, kind: str, message: str) -> int:
+        """One line on stderr (and one object with `--json`); returns the exit code."""
+        message = " ".join(message.split())
+        if self.as_json:
+            record = {"code": code, "type": kind, "message": message}
+            print(json.dumps({"schema": "undiffuse.error/1", "status": "error", **record}))
+        print(f"undiffuse: {message}", file=sys.stderr, flush=True)
+        return code
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows in columns, the given ones right-aligned; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def duration(seconds: float) -> str:
+    """3 s, 2 min 05 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Bar:
+    """A progress bar on a terminal, else one plain line every ten seconds."""
+
+    def __init__(self, out: Output, total: int, what: str, done: int = 0) -> None:
+        from tqdm import tqdm
+
+        self.out, self.total, self.what, self.done, self.first = out, total, what, done, done
+        self.facts: Mapping[str, str] = {}
+        self.began = self.spoken = time.monotonic()
+        self.plain = not sys.stderr.isatty()
+        self.tqdm = tqdm(
+            total=total,
+            initial=done,
+            desc=what,
+            disable=self.plain or out.quiet,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def advance(self, **facts: str) -> None:
+        """One more is done; facts (loss, ...) stay until they change."""
+        self.done += 1
+        self.tqdm.update()
+        if facts:
+            self.show(**facts)
+        if self.plain and time.monotonic() - self.spoken > 10:
+            self._speak()
+
+    def show(self, **facts: str) -> None:
+        """Change what stands beside the bar."""
+        self.facts = {**self.facts, **facts}
+        self.tqdm.set_postfix(self.facts)
+
+    def write(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        if self.plain or self.out.quiet:
+            self.out.tell(text)
+        else:
+            self.tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.tqdm.close()
+
+    def _speak(self) -> None:
+        self.spoken = time.monotonic()
+        rate = (self.done - self.first) / (self.spoken - self.began)
+        left = duration((self.total - self.done) / rate)
+        facts = "".join(f" {name} {value}" for name, value in self.facts.items())
+        self.out.tell(f"{self.what} {self.done}/{self.total}{facts} ETA {left}")

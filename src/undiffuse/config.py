@@ -1,0 +1,359 @@
+"""Every setting the command line can change, as frozen dataclasses of plain values.
+
+A field's name is its option: `train_batch_size` is `--train-batch-size`. The names are those of
+diffusers' training scripts. Values are checked when a dataclass is made.
+"""
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from enum import StrEnum
+from types import NoneType, UnionType
+from typing import Any, TypeVar, cast, get_args
+
+from undiffuse.errors import ConfigError
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+class Precision(StrEnum):
+    """Of the network's arithmetic; weights, loss and preconditioning are always float32."""
+
+    AUTO = "auto"  # time one training step of this network both ways
+    NO = "no"
+    BF16 = "bf16"
+
+
+class LrScheduler(StrEnum):
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class PredictionType(StrEnum):
+    KARRAS = "karras"
+    EPSILON = "epsilon"
+    SAMPLE = "sample"
+    V_PREDICTION = "v_prediction"
+    FLOW = "flow"
+
+
+class BetaSchedule(StrEnum):
+    KARRAS = "karras"
+    LINEAR = "linear"
+    COSINE = "squaredcos_cap_v2"
+    FLOW = "flow"
+
+
+class BadImage(StrEnum):
+    SKIP = "skip"
+    ERROR = "error"
+
+
+class Tracker(StrEnum):
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+
+
+class SamplerName(StrEnum):
+    DDPM = "ddpm"
+    DDIM = "ddim"
+    HEUN = "heun"
+    DPMPP_2M = "dpmpp_2m"
+
+
+class Weights(StrEnum):
+    EMA = "ema"
+    RAW = "raw"
+
+
+def option(default: Any, help: str, at_least: float | None = None, **limits: Any) -> Any:
+    """A field with its help line and its legal range (`at_least`, `below`, `at_most`, `above`)."""
+    bounds = dict(limits) if at_least is None else {"at_least": at_least, **limits}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+class Checked:
+    """Checks every field of a frozen dataclass against the limits beside it."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):  # pyright: ignore[reportArgumentType] # subclasses are dataclasses
+            _check(one, getattr(self, one.name))
+
+
+SectionT = TypeVar("SectionT", bound=Checked)
+
+_LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def _check(one: Field[Any], value: object) -> None:
+    if value is None or not isinstance(value, int | float):
+        return
+    limits: Mapping[str, Any] = one.metadata
+    broken = [
+        f"{words} {limits[name]}"
+        for name, (holds, words) in _LIMITS.items()
+        if name in limits and not holds(value, limits[name])
+    ]
+    if broken or not math.isfinite(value):
+        wanted = " and ".join(broken) or "a finite number"
+        raise ConfigError(f"{one.name} must be {wanted}; got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked):
+    """Where the pictures come from and how they become pixels."""
+
+    data: str = option("digits", "a folder, an .npz file, 'digits' or 'photos'")
+    resolution: tuple[int, int] | None = option(
+        None, "N or HxW in pixels (default: the pictures' common size)"
+    )
+    channels: int | None = option(None, "1 grey, 3 colour, 4 with alpha (default: detected)", 1)
+    background: str = option("white", "colour under transparent pixels")
+    random_flip: bool = option(False, "mirror half of the pictures")
+    random_crop: bool = option(False, "store pictures 1/8 larger and crop at random")
+    on_bad_image: BadImage = option(BadImage.SKIP, "what to do with an unreadable picture")
+    val_fraction: float | None = option(
+        None, "share of pictures held out (default: 0.1; digits 0.2)", above=0.0, below=1.0
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """Which network, and what its output means."""
+
+    preset: str | None = option(None, "network (default: tiny up to 32 pixels, else light)")
+    dropout: float = option(0.0, "inside residual blocks", 0.0, below=1.0)
+    class_conditional: bool = option(True, "use class labels where the data have them")
+    prediction_type: PredictionType = option(PredictionType.KARRAS, "what the network predicts")
+    beta_schedule: BetaSchedule = option(BetaSchedule.KARRAS, "noise schedule")
+    num_train_timesteps: int = option(1000, "length of the beta tables", 2)
+    p_mean: float = option(-1.2, "mean of ln(sigma/alpha) in training (karras)")
+    p_std: float = option(1.2, "deviation of ln(sigma/alpha) in training (karras)", above=0.0)
+    snr_gamma: float | None = option(None, "min-SNR weighting (2303.09556); 5 is usual", above=0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Checked):
+    """How the weights are found."""
+
+    max_train_steps: int = option(10_000, "optimiser steps; training always ends", 1)
+    train_batch_size: int = option(64, "pictures per optimiser step, over all processes", 1)
+    gradient_accumulation_steps: int = option(1, "parts that a batch is computed in", 1)
+    learning_rate: float = option(1e-3, "highest learning rate", above=0.0)
+    lr_scheduler: LrScheduler = option(LrScheduler.COSINE, "decay after the warm-up")
+    lr_warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", 0)
+    adam_beta1: float = option(0.9, "AdamW", 0.0, below=1.0)
+    adam_beta2: float = option(0.99, "AdamW", 0.0, below=1.0)
+    adam_epsilon: float = option(1e-8, "AdamW", above=0.0)
+    adam_weight_decay: float = option(0.0, "AdamW", 0.0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0.0)
+    label_dropout: float = option(0.1, "share of labels replaced by 'no class'", 0.0, at_most=1.0)
+    ema_length: float = option(
+        0.05, "relative length of the weights' average (2312.02696)", 0.005, at_most=0.25
+    )
+    seed: int = option(0, "of everything random", 0, below=2**63)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_accumulation_steps > self.train_batch_size:
+            raise ConfigError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than"
+                f" train_batch_size {self.train_batch_size}; a part needs at least one picture"
+            )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig(Checked):
+    """What the arithmetic runs on."""
+
+    device: Device = option(Device.AUTO, "where to compute")
+    mixed_precision: Precision = option(Precision.AUTO, "auto times one step both ways")
+
+
+@dataclass(frozen=True)
+class LogConfig(Checked):
+    """What a run writes, and how often."""
+
+    checkpointing_steps: int = option(500, "steps between checkpoints", 1)
+    checkpoints_total_limit: int = option(2, "checkpoints kept", 2)
+    sample_every: int = option(500, "steps between sample grids and held-out losses", 1)
+    num_samples: int = option(16, "pictures in a sample grid", 1)
+    report_to: Tracker = option(Tracker.NONE, "also log there")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Checked):
+    """How pictures are generated."""
+
+    num_images: int = option(16, "pictures", 1)
+    num_inference_steps: int = option(20, "steps of the sampler", 1)
+    sampler: SamplerName = option(SamplerName.DPMPP_2M, "the sampler")
+    eta: float = option(0.0, "fresh noise in ddim: 0 none, 1 as ddpm", 0.0, at_most=1.0)
+    guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none")
+    class_label: tuple[str, ...] = option((), "class names or numbers (default: all in turn)")
+    seed: int = option(0, "picture n depends on (seed, n) alone", 0, below=2**63)
+    batch_size: int = option(64, "pictures computed at once; does not change them", 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a training run; flat in `config.json`, one key per option."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every setting by option name, as JSON can hold it."""
+    return {
+        one.name: _plain(getattr(section, one.name))
+        for section in _sections(config)
+        for one in fields(section)
+    }
+
+
+def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """`config` with the named settings changed; values may be text, as typed, or JSON's types.
+
+    Raises:
+        ConfigError: an unknown name, or a value that is not of the option's kind or range.
+    """
+    known = set(flatten(config))
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}{suggestion(name, known)}")
+    parts = {
+        part.name: changed(getattr(config, part.name), values)  # pyright: ignore[reportAny]
+        for part in fields(config)
+    }
+    return RunConfig(**parts)
+
+
+def changed(section: SectionT, values: Mapping[str, object]) -> SectionT:
+    """One section with those of `values` that belong to it; others are ignored."""
+    mine = {
+        one.name: parse(one, values[one.name])
+        for one in fields(section)  # pyright: ignore[reportArgumentType]
+        if one.name in values
+    }
+    return replace(section, **mine)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """'. Did you mean ...?' if something close is known."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def parse(one: Field[Any], value: object) -> Any:
+    """A typed or stored value as the field's type.
+
+    Raises:
+        ConfigError: naming the field, the value and what would be right.
+    """
+    kinds = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
+    if value is None and NoneType in kinds:
+        return None
+    try:
+        return _PARSERS.get(kinds[0], lambda v: _choice(kinds[0], v))(value)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{one.name} must be {error}; got {value!r}") from None
+
+
+def _sections(config: RunConfig) -> list[Any]:
+    return [getattr(config, part.name) for part in fields(config)]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(cast("tuple[object, ...]", value))
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def _choice(kind: Any, value: object) -> Any:
+    choices: list[str] = [member.value for member in kind]
+    if value in choices:
+        return kind(value)
+    text = str(value)
+    if kind is BetaSchedule and text == "cosine":
+        return BetaSchedule.COSINE
+    raise ValueError(f"one of {', '.join(choices)}")
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError("a whole number")
+    try:
+        return int(value)  # pyright: ignore[reportArgumentType]
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError("a whole number") from None
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    try:
+        return float(value)  # pyright: ignore[reportArgumentType]
+    except (ValueError, TypeError):
+        raise ValueError("a number") from None
+
+
+def _truth(value: object) -> bool:
+    known = {True: True, False: False, "true": True, "false": False}
+    if not isinstance(value, bool | str) or value not in known:
+        raise ValueError("true or false")
+    return known[value]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def _size(value: object) -> tuple[int, int]:
+    parts = value.lower().split("x") if isinstance(value, str) else value
+    parts = [parts] if isinstance(parts, int) else parts
+    if not isinstance(parts, list | tuple) or len(parts) not in (1, 2):  # pyright: ignore[reportUnknownArgumentType]
+        raise ValueError("N or HxW, such as 64 or 48x40")
+    try:
+        sides = [_whole(part) for part in cast("Sequence[object]", parts)]
+    except ValueError:
+        raise ValueError("N or HxW, such as 64 or 48x40") from None
+    if min(sides) < 4 or max(sides) > MAX_RESOLUTION:
+        raise ValueError(f"from 4 to {MAX_RESOLUTION} pixels each side")
+    return sides[0], sides[-1]
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(v) for v in cast("Sequence[object]", value))
+
+
+MAX_RESOLUTION = 8192
+
+_PARSERS: dict[Any, Callable[[object], Any]] = {
+    int: _whole,
+    float: _number,
+    bool: _truth,
+    str: _text,
+    tuple[int, int]: _size,
+    tuple[str, ...]: _words,
+}

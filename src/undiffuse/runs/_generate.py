@@ -1,0 +1,150 @@
+"""From a model to pictures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from undiffuse.checkpoint import Model
+from undiffuse.errors import ConfigError
+from undiffuse.guidance import Denoise, classifier_free, clipped, guided, with_label
+from undiffuse.noise import Stream, keyed_normal, levels
+from undiffuse.sampling import SAMPLERS, Sampler, Step, start
+
+OnStep = Callable[[Step], None]
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    count: int = 16,
+    *,
+    seed: int = 0,
+    label: Int[Tensor, "n"] | Sequence[int] | None = None,
+    sampler: Sampler | str = "dpmpp_2m",
+    num_inference_steps: int = 20,
+    guidance_scale: float = 1.0,
+    weak: Model | None = None,
+    batch_size: int = 64,
+    on_step: OnStep = lambda step: None,
+) -> Float[Tensor, "n c h w"]:
+    """New pictures, float32 in [-1, 1] on the CPU.
+
+    Picture n depends on (seed, n) alone, whatever `count` and `batch_size` are.
+
+    Args:
+        label: class per picture; None takes all classes in turn.
+        sampler: one of `sampling.SAMPLERS` by name, or any function of that kind.
+        guidance_scale: weak + scale * (strong - weak); 1 is no guidance.
+        weak: a less trained model of the same pictures, for autoguidance (2406.02507); None uses
+            the model's own "no class" (2207.12598).
+        on_step: called after every step of every batch, for progress bars and films.
+
+    Raises:
+        ConfigError: a label, scale or sampler that this model cannot use.
+    """
+    if count < 1 or batch_size < 1:
+        raise ConfigError(f"count and batch_size must be at least 1; got {count}, {batch_size}")
+    labels = _labels(model, label, count)
+    run = SAMPLERS[_known(sampler)] if isinstance(sampler, str) else sampler
+    batches = (range(i, min(i + batch_size, count)) for i in range(0, count, batch_size))
+    made: list[Tensor] = []
+    for positions in batches:
+        part = None if labels is None else labels[positions.start : positions.stop]
+        denoise = _denoise(model, part, guidance_scale, weak)
+        for step in _steps(model, run, denoise, positions, seed, num_inference_steps):
+            on_step(step)
+            last = step.x
+        made.append(last.clamp(-1, 1).float().cpu())  # pyright: ignore[reportPossiblyUnboundVariable] # at least one step
+    return torch.cat(made)
+
+
+def film(
+    model: Model, count: int = 8, *, frames: int = 20, **options: object
+) -> list[Float[Tensor, "n c h w"]]:
+    """The estimates of the clean pictures, step by step, and the pictures at the end."""
+    seen: list[Tensor] = []
+    steps = {"num_inference_steps": frames, **options}
+    final = generate(model, count, on_step=lambda step: seen.append(step.x0.cpu()), **steps)  # pyright: ignore[reportArgumentType] # options of generate
+    return [*seen, final]
+
+
+def labels_in_turn(model: Model, count: int) -> Int[Tensor, "n"] | None:
+    """0, 1, 2 ... over and over; None for a model without classes."""
+    classes = model.spec.classes
+    return torch.arange(count) % classes if classes else None
+
+
+def parse_labels(model: Model, words: Sequence[str], count: int) -> Int[Tensor, "n"] | None:
+    """Class names or numbers, repeated in turn up to `count`.
+
+    Raises:
+        ConfigError: a word that is no class of this model.
+    """
+    if not words:
+        return None
+    chosen = torch.tensor([_parse_label(model, word) for word in words])
+    return chosen[torch.arange(count) % len(chosen)]
+
+
+def _parse_label(model: Model, word: str) -> int:
+    names, classes = model.pictures.class_names, model.spec.classes
+    if not classes:
+        raise ConfigError(f"class_label {word!r}: this model was trained without classes")
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < classes:
+        return int(word)
+    known = ", ".join(names[:12]) or f"0 ... {classes - 1}"
+    raise ConfigError(f"class_label {word!r} is not one of: {known}")
+
+
+def _labels(
+    model: Model, label: Tensor | Sequence[int] | None, count: int
+) -> Int[Tensor, "n"] | None:
+    if label is None:
+        return labels_in_turn(model, count)
+    labels, classes = torch.as_tensor(label, dtype=torch.int64), model.spec.classes
+    most = classes - 1 + int(model.spec.style.embedding.null)
+    if not classes:
+        raise ConfigError(f"label must be None: this model has no classes; got {label!r}")
+    if labels.shape != (count,) or bool((labels < 0).any()) or bool((labels > most).any()):
+        raise ConfigError(
+            f"label must be {count} numbers in 0 ... {most}; got {list(labels.shape)} numbers"
+            f" from {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels
+
+
+def _known(sampler: str) -> str:
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler {sampler!r} is not one of: {', '.join(SAMPLERS)}")
+    return sampler
+
+
+def _denoise(model: Model, label: Tensor | None, scale: float, weak: Model | None) -> Denoise:
+    device = next(model.net.parameters()).device
+    label = None if label is None else label.to(device)
+    if weak is not None:
+        strong = with_label(model.denoiser, label)
+        return clipped(guided(strong, with_label(weak.denoiser, label), scale))
+    return clipped(classifier_free(model.denoiser, label, scale))
+
+
+def _steps(
+    model: Model, sampler: Sampler, denoise: Denoise, positions: range, seed: int, steps: int
+) -> Iterator[Step]:
+    shape = (model.pictures.channels, model.pictures.height, model.pictures.width)
+    device = next(model.net.parameters()).device
+    grid = levels(model.denoiser.schedule, steps)
+    draw = partial(_draw, seed, positions, shape, device)
+    return sampler(denoise, start(grid[0], draw(-1)), grid, noise=draw)
+
+
+def _draw(
+    seed: int, positions: range, shape: tuple[int, ...], device: torch.device, step: int
+) -> Tensor:
+    """Part 0 of a picture's stream is its start, part n + 1 its noise at step n."""
+    return keyed_normal(seed, Stream.SAMPLE, positions, shape, part=step + 1).to(device)

@@ -1,0 +1,359 @@
+"""The training loop: a stream of reports, one after every update.
+
+The loop knows no folder, logger or progress bar. It gets batches from a function of position and
+yields what happened; the caller saves, draws and stops. Every random number is a function of
+(seed, stream, position in the run), never of what was drawn before, so resuming is arithmetic.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from undiffuse.config import LrScheduler, TrainConfig
+from undiffuse.denoiser import Denoiser, LevelSampling, Weighting, unweighted
+from undiffuse.errors import CheckpointError, DivergedError
+from undiffuse.noise import (
+    NoiseLevel,
+    Schedule,
+    Stream,
+    keyed,
+    keyed_normal,
+    keyed_uniform,
+)
+
+Pictures = Float[Tensor, "b c h w"]
+Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Source = Callable[[range], tuple[Tensor, Tensor | None]]  # global positions -> (x0, label)
+
+MAX_BAD_STEPS = 10  # updates in a row whose loss or gradient is not finite
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything one forward pass needs, on the CPU until `to`."""
+
+    x0: Pictures
+    noise: Pictures
+    level: NoiseLevel  # (b,1,1,1) each
+    label: Int[Tensor, "b"] | None
+
+    def to(self, device: torch.device) -> "Batch":
+        level = NoiseLevel(*(v.to(device) for v in self.level))
+        label = None if self.label is None else self.label.to(device)
+        return Batch(self.x0.to(device), self.noise.to(device), level, label)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How noise enters training: which levels, and how much each counts."""
+
+    schedule: Schedule
+    levels: LevelSampling
+    weighting: Weighting = unweighted
+    classes: int = 0  # > 0: labels may be dropped to the null label `classes`
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """State after an update. Tensors stay on the device until somebody reads them."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor  # updates left out so far because a number was not finite
+    learning_rate: float
+
+
+class TrainState:
+    """Weights, their average, the optimiser's moments, and where in the run we are."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        denoiser: Denoiser,
+        config: TrainConfig,
+        run: Callable[[nn.Module], Net] = lambda net: net,
+    ) -> None:
+        """`run` wraps a network as the denoiser should call it (precision, layout)."""
+        self.net, self.ema = net, copy.deepcopy(net).requires_grad_(False).eval()
+        self.denoiser = replace(denoiser, net=run(self.net))
+        self.averaged = replace(denoiser, net=run(self.ema))
+        self.config, self.step = config, 0
+        self.parameters = list(net.parameters())
+        self.device = self.parameters[0].device
+        self.optimizer = _optimizer(self.parameters, config)
+        self.skipped = torch.zeros((), device=self.device)
+        self.skipped_in_row = torch.zeros((), device=self.device)
+
+    def advance(self, loss: Tensor) -> StepReport:
+        """Clip, update, average; leave everything alone if loss or gradient is not finite."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        bad = (~(loss.isfinite() & norm.isfinite())).float()
+        learning_rate = learning_rate_at(self.config, self.step)
+        self._update(learning_rate, bad)
+        self.step += 1
+        self._average()
+        self.skipped += bad
+        self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        self._check_progress(learning_rate)
+        return StepReport(self.step, loss, norm, self.skipped.clone(), learning_rate)
+
+    def _update(self, learning_rate: float, bad: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # The fused optimiser leaves weights and moments alone where found_inf is 1: no host wait.
+        self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue] # as GradScaler does
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # A skipped update leaves the weights where they were, so averaging them once more is right.
+        weight = 1 - ema_beta(self.config, self.step)
+        averages, newest = list(self.ema.parameters()), self.parameters
+        torch._foreach_lerp_(averages, newest, weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportCallIssue, reportArgumentType] # as torch's own EMA does; no public name
+
+    def _check_progress(self, learning_rate: float) -> None:
+        if self.step % MAX_BAD_STEPS == 0 and float(self.skipped_in_row) >= MAX_BAD_STEPS:
+            raise DivergedError(
+                f"loss or gradient not finite for {int(self.skipped_in_row)} updates in a row at"
+                f" step {self.step} (learning_rate {learning_rate:.3g});"
+                " try a lower --learning-rate or --mixed-precision no"
+            )
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Weights, average and optimiser, flat by name: what a checkpoint stores."""
+        return {
+            "model": dict(self.net.state_dict()),
+            "ema": dict(self.ema.state_dict()),
+            "optim": _flat_optimizer(self.net, self.optimizer),
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """The rest of the state, in plain numbers."""
+        return {
+            "step": self.step,
+            "skipped": float(self.skipped),
+            "skipped_in_row": float(self.skipped_in_row),
+        }
+
+    def restore(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]
+    ) -> None:
+        """Continue exactly where `tensors` and `counters` were taken.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        _load(self.net, tensors["model"], "model")
+        _load(self.ema, tensors["ema"], "ema")
+        _restore_optimizer(self.net, self.optimizer, tensors["optim"])
+        self.step = int(counters["step"])
+        self.skipped.fill_(float(counters["skipped"]))
+        self.skipped_in_row.fill_(float(counters["skipped_in_row"]))
+
+
+def train(
+    state: TrainState,
+    source: Source,
+    recipe: Recipe,
+    config: TrainConfig,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepReport]:
+    """Train to `config.max_train_steps`; yields after every update.
+
+    Batches are made one step ahead in a thread. `stop` is asked between steps.
+
+    Raises:
+        DivergedError: ten updates in a row were not finite.
+    """
+    with ThreadPoolExecutor(1, "batches") as pool:
+        upcoming = _submit(pool, source, recipe, config, state.step)
+        while state.step < config.max_train_steps and not stop():
+            parts = [future.result() for future in upcoming]
+            upcoming = _submit(pool, source, recipe, config, state.step + 1)
+            yield state.advance(_accumulate(state, recipe, config, parts))
+
+
+def _submit(
+    pool: ThreadPoolExecutor, source: Source, recipe: Recipe, config: TrainConfig, step: int
+) -> list[Future[Batch]]:
+    if step >= config.max_train_steps:
+        return []
+    return [
+        pool.submit(make_batch, source, recipe, config, positions)
+        for positions in micro_batches(config, step)
+    ]
+
+
+def micro_batches(config: TrainConfig, step: int) -> list[range]:
+    """The global positions of one step's parts: step * B + i, split as evenly as possible."""
+    size, parts = config.train_batch_size, config.gradient_accumulation_steps
+    edges = [step * size + size * i // parts for i in range(parts + 1)]
+    return [range(low, high) for low, high in pairwise(edges)]
+
+
+def make_batch(source: Source, recipe: Recipe, config: TrainConfig, positions: range) -> Batch:
+    """Pictures, noise, levels and label dropout of the given positions."""
+    x0, label = source(positions)
+    noise = keyed_normal(config.seed, Stream.NOISE, positions, tuple(x0.shape[1:]))
+    u = torch.from_numpy(keyed_uniform(config.seed, Stream.LEVEL, positions, 1)[:, 0])
+    level = recipe.levels(recipe.schedule, u).like(x0)
+    return Batch(x0, noise, level, _drop_labels(label, recipe, config, positions))
+
+
+def _drop_labels(
+    label: Tensor | None, recipe: Recipe, config: TrainConfig, positions: range
+) -> Tensor | None:
+    if label is None or not recipe.classes:
+        return None
+    coins = keyed_uniform(config.seed, Stream.LABEL_DROP, positions, 1)[:, 0]
+    dropped = torch.from_numpy(coins < config.label_dropout)
+    return label.masked_fill(dropped, recipe.classes)
+
+
+def _accumulate(
+    state: TrainState, recipe: Recipe, config: TrainConfig, parts: list[Batch]
+) -> Tensor:
+    """Sum of gradients over the parts, as if the batch had been computed whole."""
+    state.net.train()
+    total = torch.zeros((), device=state.device)
+    for index, part in enumerate(parts):
+        batch = part.to(state.device)
+        _seed_dropout(config.seed, state.step, index)
+        losses = state.denoiser.loss(batch.x0, batch.noise, batch.level, batch.label)
+        weights = recipe.weighting(batch.level).flatten()
+        loss = (losses * weights).sum() / config.train_batch_size
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _seed_dropout(seed: int, step: int, part: int) -> None:
+    """torch's dropout takes no generator, so the global one is keyed before every use."""
+    torch.manual_seed(int(keyed(seed, Stream.DROPOUT, step, part).integers(2**63)))
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then constant or decay to 1 % at `max_train_steps`; `step` counts from 0."""
+    warmup = min(config.lr_warmup_steps, config.max_train_steps // 10)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, config.max_train_steps - warmup)
+    return config.learning_rate * _decay(config.lr_scheduler, min(done, 1.0))
+
+
+def _decay(scheduler: LrScheduler, done: float, floor: float = 0.01) -> float:
+    match scheduler:
+        case LrScheduler.CONSTANT:
+            return 1.0
+        case LrScheduler.LINEAR:
+            return 1.0 - (1.0 - floor) * done
+        case LrScheduler.COSINE:
+            return floor + (1.0 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+def ema_beta(config: TrainConfig, step: int) -> float:
+    """beta of the power-function profile after `step` updates: (1 - 1/step)^(gamma + 1).
+
+    Karras et al. 2023, 2312.02696, eq. 127. The average forgets the start of the run by itself,
+    so it needs no warm-up.
+    """
+    return (1 - 1 / step) ** (ema_gamma(config.ema_length) + 1)
+
+
+def ema_gamma(length: float) -> float:
+    """gamma of a profile of relative length sigma_rel (2312.02696, eq. 126):
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved as a cubic."""
+    t = length**-2
+    roots = np.roots([1, 7, 16 - t, 12 - t])
+    return float(roots.real.max())
+
+
+def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=True,
+    )
+
+
+def _flat_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in net.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(
+    net: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]
+) -> None:
+    for name, parameter in net.named_parameters():
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in flat]
+        state = {key: flat[f"{name}/{key}"] for key in keys}
+        if state and state["exp_avg"].shape != parameter.shape:
+            raise CheckpointError(
+                f"optim: {name} is {list(state['exp_avg'].shape)} in the checkpoint,"
+                f" {list(parameter.shape)} here; a changed model is a new run"
+            )
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device, copy=True) for key, value in state.items()
+        }
+
+
+def _load(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    try:
+        net.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{what} does not fit this network: {reason}") from error
+
+
+@torch.no_grad()
+def held_out_loss(
+    denoiser: Denoiser,
+    recipe: Recipe,
+    x0: Pictures,
+    label: Tensor | None,
+    seed: int,
+    bins: int = 8,
+) -> list[float]:
+    """Mean loss in `bins` equally likely bins of the training levels, from low noise to high.
+
+    Noise and levels are the same at every call, so that only the weights differ.
+    """
+    n = len(x0)
+    positions = range(n)
+    noise = keyed_normal(seed, Stream.EVALUATE, positions, tuple(x0.shape[1:]))
+    bin_of = torch.arange(n) % bins
+    offset = torch.from_numpy(keyed_uniform(seed, Stream.EVALUATE, positions, 1, part=1)[:, 0])
+    level = recipe.levels(recipe.schedule, (bin_of + offset) / bins).like(x0)
+    known = label if recipe.classes else None
+    batch = Batch(x0, noise, level, known)
+    losses = torch.cat([_losses(denoiser, part) for part in _split(batch, 256)])
+    return [float(losses[bin_of == b].mean()) for b in range(min(bins, n))]
+
+
+def _losses(denoiser: Denoiser, batch: Batch) -> Tensor:
+    return denoiser.loss(batch.x0, batch.noise, batch.level, batch.label).cpu()
+
+
+def _split(batch: Batch, size: int) -> Iterator[Batch]:
+    for i in range(0, len(batch.x0), size):
+        part = slice(i, i + size)
+        level = NoiseLevel(*(v[part] for v in batch.level))
+        label = None if batch.label is None else batch.label[part]
+        yield Batch(batch.x0[part], batch.noise[part], level, label)

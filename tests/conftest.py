@@ -1,0 +1,29 @@
+"""Settings that every test shares."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# The same examples on every run and every machine, and no timed assertions.
+hypothesis.settings.register_profile(
+    "undiffuse",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("undiffuse")
+
+# Checks shapes and types of every call into the package. Must stand before its first import.
+if not os.environ.get("UNDIFFUSE_NO_TYPECHECK"):
+    install_import_hook("undiffuse", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The same order of summation on every machine, and no fight for cores."""
+    torch.set_num_threads(1)
