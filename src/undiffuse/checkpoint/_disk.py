@@ -199,18 +199,17 @@ def reason_of(error: Exception) -> str:
 
 def amounts(have: int, want: int) -> str:
     """Two sizes in the unit that suits the second: "1.2 of 2.8 MB"."""
-    unit, factor = unit_of(want)
-    digits = 0 if factor == 1 else 1
-    return f"{have / factor:.{digits}f} of {want / factor:.{digits}f} {unit}"
+    unit, divisor, digits = _unit(want)
+    return f"{have / divisor:.{digits}f} of {want / divisor:.{digits}f} {unit}"
 
 
-def amount(size: float) -> str:
+def amount(size: int) -> str:
     """A size for people: "412.0 MB"."""
-    unit, factor = unit_of(size)
-    return f"{size / factor:.{0 if factor == 1 else 1}f} {unit}"
+    unit, divisor, digits = _unit(size)
+    return f"{size / divisor:.{digits}f} {unit}"
 
 
-def unit_of(size: float) -> tuple[str, float]:
-    """The decimal unit in which a size has few digits."""
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
-    return next((u for u in units if size >= u[1]), units[-1])
+def _unit(size: int) -> tuple[str, int, int]:
+    """The decimal unit in which a size has few digits, its bytes, and digits after the point."""
+    units = (("GB", 10**9, 1), ("MB", 10**6, 1), ("kB", 10**3, 1))
+    return next((unit for unit in units if size >= unit[1]), ("bytes", 1, 0))

@@ -213,7 +213,8 @@ class Checkpoints:
         free = "an unknown amount"
         with suppress(OSError):
             free = amount(self.disk.free_space(self.folder))
-        return f"Disk full: {final} needs {amount(SPARE * needed)}, {free} free. {self._intact()}"
+        wanted = amount(int(SPARE * needed))
+        return f"Disk full: {final} needs {wanted}, {free} free. {self._intact()}"
 
     def _intact(self) -> str:
         for step in reversed(self.steps()):

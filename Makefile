@@ -1,0 +1,53 @@
+# Two commands do all set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# An index for CPU-only torch, where the default one would bring CUDA libraries.
+TORCH_INDEX ?=
+PIP_FLAGS := --disable-pip-version-check -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: setup setup-dev demo test test-fast check format wheel clean
+
+setup: $(VENV)/.setup
+setup-dev: $(VENV)/.setup-dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "setting up $(VENV): torch and a few libraries, about a minute"
+	$(BIN)/pip install $(PIP_FLAGS) torch==2.13.0
+	$(BIN)/pip install $(PIP_FLAGS) -e .
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev,tensorboard]'
+	@touch $@
+
+# The main job on real data: train on digits, sample, evaluate, report.
+demo: setup
+	$(BIN)/undiffuse demo
+
+test: setup-dev
+	$(BIN)/pytest
+
+# The inner loop: without the longer tests.
+test-fast: setup-dev
+	$(BIN)/pytest -m "not slow"
+
+check: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest tests/test_architecture.py
+
+format: setup-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Build the wheel and try it in a clean environment.
+wheel: setup-dev
+	scripts/check-wheel $(BIN)/python
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
