@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("undiffuse")
 
 # Checks shapes and types of every call into the package. Must stand before its first import.
 if not os.environ.get("UNDIFFUSE_NO_TYPECHECK"):
-    install_import_hook("undiffuse", "beartype.beartype")
+    install_import_hook("undiffuse", "typechecker.tower")
 
 
 @pytest.fixture(scope="session", autouse=True)

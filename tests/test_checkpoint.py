@@ -60,6 +60,7 @@ from undiffuse.spec import (
     Embedding,
     Inject,
     Join,
+    Op,
     Order,
     Out,
     Res,
@@ -153,7 +154,7 @@ fractions = st.floats(1e-6, 0.99)
 
 
 @st.composite
-def programs(draw: st.DrawFn, depth: int = 2) -> tuple:
+def programs(draw: st.DrawFn, depth: int = 2) -> tuple[Op, ...]:
     """Random ops around a random smaller U; any such sandwich is a valid program."""
     before, after = (tuple(draw(st.lists(plain_ops, max_size=3))) for _ in range(2))
     if depth == 0:
@@ -201,19 +202,14 @@ styles = st.builds(
     st.booleans(),
     embeddings,
 )
-specs = st.builds(
-    lambda a, b, program, out, style: UNetSpec(a, b, (*program, out), style),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    programs(),
-    st.builds(Out, odd, st.booleans()),
-    styles,
-)
 
 
-@given(specs)
-@settings(max_examples=50)
-def test_any_spec_survives_json(spec: UNetSpec) -> None:
+@given(st.integers(1, 4), st.integers(1, 4), programs(), st.builds(Out, odd, st.booleans()), styles)
+@settings(max_examples=40)
+def test_any_spec_survives_json(
+    in_channels: int, out_channels: int, program: tuple[Op, ...], out: Out, style: Style
+) -> None:
+    spec = UNetSpec(in_channels, out_channels, (*program, out), style)
     assert decode_spec(json.loads(json.dumps(encode(spec)))) == spec
 
 
@@ -378,7 +374,7 @@ def resaved(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], ob
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    save_model(tmp_path / "m", tiny_model())
+    save_model(tmp_path / "m", tiny_model(), disk=Faulty())
     return tmp_path / "m"
 
 
@@ -522,7 +518,7 @@ def test_every_damage_to_a_model_file_is_detected(file: Path) -> None:
     for damaged in damages(original, 64, seed=0):
         file.write_bytes(damaged)
         refused(lambda: load_model(file))
-    for bit in range(0, 8 * header, 37):  # the header once more, evenly
+    for bit in range(0, 8 * header, 211):  # the header once more, evenly
         damaged = bytearray(original)
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
@@ -661,7 +657,8 @@ class Crash(BaseException):
 class Faulty:
     """A disk on which operation number `fail_at` raises; a write gets half done before.
 
-    `log` holds the operations as (name, path, argument).
+    `log` holds the operations as (name, path, argument). Nothing is really synced, which makes it
+    the fast disk of the tests that do not let it fail.
     """
 
     fail_at: int = -1
@@ -724,7 +721,7 @@ SNAPSHOTS = {step: snapshot(step) for step in (8, 9, 10, 11)}
 
 
 def saved(folder: Path, *steps: int, keep: int = 2) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep)
+    checkpoints = Checkpoints(folder, keep, Faulty())
     for step in steps:
         checkpoints.save(SNAPSHOTS[step])
     return checkpoints
@@ -741,7 +738,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(two: Path, tmp_path: Path) -> Checkpoints:
     shutil.copytree(two, tmp_path / "checkpoints")
-    return Checkpoints(tmp_path / "checkpoints")
+    return Checkpoints(tmp_path / "checkpoints", disk=Faulty())
 
 
 def test_a_round_trip_is_bit_exact(tmp_path: Path) -> None:
@@ -764,7 +761,7 @@ def test_steps_are_ordered_by_number_and_two_are_kept(tmp_path: Path) -> None:
 
 
 def test_large_steps(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, disk=Faulty())
     for step in (99_999_999, 100_000_000):
         checkpoints.save(replace(SNAPSHOTS[9], step=step))
     assert checkpoints.steps() == (99_999_999, 100_000_000)
@@ -823,7 +820,7 @@ def test_every_damage_to_a_checkpoint_is_detected(copy: Checkpoints, name: str) 
 def test_every_part_of_a_manifest_counts(copy: Checkpoints) -> None:
     path = copy.path(10) / MANIFEST
     original = path.read_bytes()
-    for bit in range(0, 8 * len(original), 3):
+    for bit in range(0, 8 * len(original), 11):
         damaged = bytearray(original)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
@@ -934,7 +931,7 @@ def test_a_crash_at_any_operation_leaves_old_or_new(tmp_path: Path, before: tupl
         shutil.copytree(template, folder)
         with pytest.raises(Crash):
             save(folder, Faulty(index))
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, disk=Faulty())
         assert_old_or_new(checkpoints, before)
         checkpoints.clean()
         assert_old_or_new(checkpoints, before)
@@ -961,7 +958,7 @@ def test_a_crash_while_replacing_a_step(two: Path, tmp_path: Path) -> None:
         shutil.copytree(two, folder)
         with pytest.raises(Crash):
             Checkpoints(folder, disk=Faulty(index)).save(again)
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, disk=Faulty())
         assert checkpoints.read(None)[0].step in (9, 10)
         checkpoints.clean()
         loaded, _ = checkpoints.read(None)
@@ -982,13 +979,13 @@ def test_a_failing_disk_is_named_and_harms_nothing(two: Path, tmp_path: Path, co
     shutil.copytree(two, tmp_path / "dry")
     log = operations(lambda disk: Checkpoints(tmp_path / "dry", disk=disk).save(SNAPSHOTS[11]))
     first_removal = next(i for i, (_, path, _) in enumerate(log) if path.name == "step_00000009")
-    for index in range(len(log)):
+    for index in range(0, len(log), 5 if code == errno.EDQUOT else 1):
         folder = tmp_path / f"{index}"
         shutil.copytree(two, folder)
         disk = Faulty(index, OSError(code, os.strerror(code)))
         with pytest.raises(ResourceError) as caught:
             Checkpoints(folder, disk=disk).save(SNAPSHOTS[11])
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, disk=Faulty())
         assert_failure_is_named(str(caught.value), checkpoints, code, index >= first_removal)
         assert_same(checkpoints.read(10)[0], SNAPSHOTS[10])
         assert not [name for name in os.listdir(folder) if name.startswith(".tmp")]
@@ -1156,7 +1153,9 @@ def test_a_loss_of_power_at_any_moment(tmp_path: Path) -> None:
                 if state not in states:
                     states.add(state)
                     lay_out(files, tmp_path / "after")
-                    assert_survived(Checkpoints(tmp_path / "after" / "checkpoints"), newest)
+                    assert_survived(
+                        Checkpoints(tmp_path / "after" / "checkpoints", disk=Faulty()), newest
+                    )
                     shutil.rmtree(tmp_path / "after")
     assert len(states) > 100
 
@@ -1194,7 +1193,8 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         save_model(tmp_path / "m", tiny_model())
-        checkpoints = saved(tmp_path / "checkpoints", 9)
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints.save(SNAPSHOTS[9])
     finally:
         os.umask(before)
     assert (tmp_path / "m").stat().st_mode & 0o777 == 0o640

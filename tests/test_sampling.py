@@ -197,7 +197,7 @@ OWN_GRID_BOUND = {ddim: 0.03, heun: 0.009, dpmpp_2m: 0.0012}  # relative, at 100
 
 
 def own_grid_error(
-    sampler: Sampler, denoiser: Denoiser | Gaussian, steps: int, s: Schedule
+    sampler: Sampler, denoiser: Denoiser | Gaussian, steps: int, schedule: Schedule
 ) -> float:
     """From t = 1 (for Flow alpha = 0) down to the clean level."""
     grid = levels(schedule, steps, uniform)

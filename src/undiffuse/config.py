@@ -107,9 +107,14 @@ def _check(one: Field[Any], value: object) -> None:
         for name, (holds, words) in _LIMITS.items()
         if name in limits and not holds(value, limits[name])
     ]
-    if broken or not math.isfinite(value):
-        wanted = " and ".join(broken) or "a finite number"
+    if broken or not _holdable(value):
+        wanted = " and ".join(broken) or "a finite number of a usual size"
         raise ConfigError(f"{one.name} must be {wanted}; got {value}")
+
+
+def _holdable(value: float) -> bool:
+    """Whole numbers must fit into 64 bits: steps, positions and seeds are counted in them."""
+    return -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -310,7 +315,7 @@ def _number(value: object) -> float:
         raise ValueError("a number")
     try:
         return float(value)  # pyright: ignore[reportArgumentType]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError("a number") from None
 
 
@@ -344,6 +349,8 @@ def _size(value: object) -> tuple[int, int]:
 def _words(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError("class names or numbers")
     return tuple(str(v) for v in cast("Sequence[object]", value))
 
 

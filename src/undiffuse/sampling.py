@@ -142,7 +142,7 @@ def dpmpp_2m(
 def _extrapolated(
     x0: Tensor, last: tuple[Tensor, NoiseLevel] | None, now: NoiseLevel, then: NoiseLevel
 ) -> Tensor:
-    if last is None or bool(then.sigma == 0) or bool(last[1].alpha == 0):
+    if last is None or bool(then.sigma == 0):
         return x0
     before, earlier = last
     step, step_before = _log_step(now, then), _log_step(earlier, now)

@@ -310,8 +310,16 @@ def _restore_optimizer(
                 f" {list(parameter.shape)} here; a changed model is a new run"
             )
         optimizer.state[parameter] = {
-            key: value.to(parameter.device, copy=True) for key, value in state.items()
+            key: _laid_out_like(parameter, value) for key, value in state.items()
         }
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy on the parameter's device and, for moments, in its memory format: the fused optimiser
+    walks through weights and moments in parallel and looks at the strides of neither."""
+    if value.shape != parameter.shape:  # the step counter
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _load(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

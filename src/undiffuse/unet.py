@@ -39,6 +39,7 @@ from undiffuse.spec import (
 )
 
 Features = Float[Tensor, "b c h w"]
+Changed = Float[Tensor, "b d y x"]  # other channels, another size, or both
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
@@ -205,7 +206,7 @@ class ResBlock(nn.Module):
         if style.zero_init:
             zero_(self.conv2)
 
-    def forward(self, x: Features, emb: Float[Tensor, "b e"]) -> Features:
+    def forward(self, x: Features, emb: Float[Tensor, "b e"]) -> Changed:
         act = ACTIVATIONS[self.style.activation]
         parts = self.time_proj(emb)[..., None, None].chunk(self._injected(), dim=1)
         if self.style.order is Order.NORM_ACT_CONV:
@@ -273,7 +274,7 @@ class Downsample(nn.Module):
             case Downsampling.MAX | Downsampling.AVG:
                 self.conv = None
 
-    def forward(self, x: Features) -> Features:
+    def forward(self, x: Features) -> Changed:
         if self.conv is None:
             return F.max_pool2d(x, 2) if self.by is Downsampling.MAX else F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.by is Downsampling.CONV_END else x)
@@ -293,7 +294,7 @@ class Upsample(nn.Module):
             case Upsampling.DECONV4:
                 self.conv = nn.ConvTranspose2d(in_width, out_width, 4, stride=2, padding=1)
 
-    def forward(self, x: Features) -> Features:
+    def forward(self, x: Features) -> Changed:
         return self.conv(F.interpolate(x, scale_factor=2.0) if self.doubles else x)
 
 
@@ -310,7 +311,7 @@ class Head(nn.Module):
         if style.zero_init:
             zero_(self.conv)
 
-    def forward(self, x: Features) -> Features:
+    def forward(self, x: Features) -> Changed:
         if self.norm is not None:
             x = norm_act(self.norm, x, ACTIVATIONS[self.activation])
         return self.conv(x)
@@ -338,7 +339,7 @@ class ConcatSkip(nn.Module):
         super().__init__()
         self.by = by
 
-    def forward(self, x: Features, skip: Features) -> Features:
+    def forward(self, x: Features, skip: Float[Tensor, "b k h w"]) -> Float[Tensor, "b d h w"]:
         return torch.cat((x, skip), dim=1) if self.by is Join.CONCAT else x + skip
 
 
@@ -346,7 +347,7 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm (1803.08494) for any size.
 
     torch's layer refuses groups of a single value, which one small picture on the deepest level
-    can have; normalised, such a value is 0.
+    can have. Normalised, such a value is 0.
     """
 
     def forward(self, input: Features) -> Features:
@@ -374,7 +375,7 @@ def resample(x: Tensor, resize: Resize | None) -> Tensor:
             return x
 
 
-def pad_to_multiple(x: Features, multiple: int) -> Features:
+def pad_to_multiple(x: Features, multiple: int) -> Float[Tensor, "b c y x"]:
     """Repeat the right and bottom edge until both sides divide by `multiple`."""
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple

@@ -1,21 +1,23 @@
-"""`undiffuse describe`: a network op by op, a run, a folder of pictures, or what there is."""
+"""`describe`: a network op by op, a run, a folder of pictures, or what there is."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from undiffuse import cost, recipes
-from undiffuse.cli._output import Output, table
+from undiffuse.cli._output import Output, count_of, table
 from undiffuse.cli._parser import Arguments
-from undiffuse.config import (
-    BetaSchedule,
-    DataConfig,
-    PredictionType,
-    SamplerName,
-    changed,
-)
+from undiffuse.config import BetaSchedule, DataConfig, PredictionType, SamplerName, changed
 from undiffuse.errors import ConfigError
 from undiffuse.spec import Op, Site, UNetSpec, trace
+
+if TYPE_CHECKING:
+    from undiffuse import images
+
+BUNDLED = ("digits", "photos")
+SHEET = 64  # pictures on a contact sheet
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ def describe(arguments: Arguments, out: Output) -> int:
     if target is None:
         return _names(out)
     path = Path(str(target))
-    if str(target) in recipes.PRESETS:
+    if target in recipes.PRESETS:
         return _network(_from_preset(str(target), arguments), arguments, out)
-    if _is_run(path) or path.suffix == ".safetensors":
-        return _network(_from_model(path), arguments, out)
-    if path.is_dir() or str(target) in ("digits", "photos") or path.suffix == ".npz":
+    if _is_run(path) or (path.suffix == ".safetensors" and path.exists()):
+        return _network(_from_model(path, arguments), arguments, out)
+    if path.is_dir() or target in BUNDLED or path.suffix == ".npz":
         return _pictures(str(target), arguments, out)
     raise ConfigError(
-        f"TARGET {target!r} is no preset, run, model file or folder;"
+        f"TARGET {target!r} is no preset, run, model file, .npz file or folder{_near(path)};"
         f" presets: {', '.join(recipes.PRESETS)}"
     )
 
@@ -50,102 +52,145 @@ def _is_run(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "model.safetensors").is_file()
 
 
+def _near(path: Path) -> str:
+    there = [str(one) for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), [*recipes.PRESETS, *BUNDLED, *there], 1)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
 def _names(out: Output) -> int:
-    rows = [("preset", "parameters", "for")]
-    for name, preset in recipes.PRESETS.items():
-        count = cost.total_parameters(recipes.preset(name))
-        rows.append((name, f"{count:,}", preset.summary))
-    for line in table(rows, right=(1,)):
+    presets = [_preset_facts(name) for name in recipes.PRESETS]
+    rows = [(p["name"], f"{p['parameters']:,}", p["for"]) for p in presets]
+    for line in table([("preset", "parameters", "for"), *rows], right=(1,)):
         out.say(line)
     lists = {
         "samplers": [one.value for one in SamplerName],
         "schedules": [one.value for one in BetaSchedule],
         "predictions": [one.value for one in PredictionType],
-        "data": ["digits", "photos", "a folder", "an .npz file"],
+        "data": [*BUNDLED, "a folder of pictures", "an .npz file"],
     }
     out.say()
     for name, values in lists.items():
         out.say(f"{name}: {', '.join(values)}")
-    out.result("describe", presets=list(recipes.PRESETS), known=lists)
+    out.say("\nmore about one: undiffuse describe light")
+    out.result("describe", presets=presets, **lists)
     return 0
 
 
+def _preset_facts(name: str) -> dict[str, Any]:
+    parameters = cost.total_parameters(recipes.preset(name))
+    return {"name": name, "parameters": parameters, "for": recipes.PRESETS[name].summary}
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
 def _from_preset(name: str, arguments: Arguments) -> _Network:
-    given = arguments.given
     options = changed(DataConfig(), arguments.settings(DataConfig))
-    classes = given.get("classes", "0")
-    if not str(classes).isdecimal():
-        raise ConfigError(f"classes must be a whole number of at least 0; got {classes!r}")
-    spec = recipes.preset(name, options.channels or 3, int(classes))
+    spec = recipes.preset(name, options.channels or 3, _classes(arguments.given))
     nominal = recipes.PRESETS[name].nominal
     return _Network(name, spec, options.resolution or (nominal, nominal), {})
 
 
-def _from_model(path: Path) -> _Network:
+def _classes(given: Mapping[str, Any]) -> int:
+    text = str(given.get("classes", "0"))
+    if not text.isdecimal():
+        raise ConfigError(f"classes must be a whole number of at least 0; got {text!r}")
+    return int(text)
+
+
+def _from_model(path: Path, arguments: Arguments) -> _Network:
     from undiffuse import runs
 
+    for name in ("channels", "classes"):
+        if name in arguments.given:
+            raise ConfigError(f"{name} is for presets; {path} is a trained model with its own")
+    options = changed(DataConfig(), arguments.settings(DataConfig))
     model = runs.load(path)
-    size = (model.pictures.height, model.pictures.width)
     facts = {
         "schedule": model.denoiser.schedule,
         "prediction": model.denoiser.prediction,
         "classes": ", ".join(model.pictures.class_names) or "none",
-        **{name.replace("_", " "): value for name, value in model.trained.items() if value != ""},
+        **{k.replace("_", " "): v for k, v in model.trained.items() if v != ""},
     }
+    size = options.resolution or (model.pictures.height, model.pictures.width)
     return _Network(str(path), model.spec, size, facts)
 
 
 def _network(network: _Network, arguments: Arguments, out: Output) -> int:
-    spec, (height, width) = network.spec, network.size
-    padded, sites = cost.padded(spec, height, width), list(trace(spec))
-    macs = {s.index: cost.multiply_adds(s, spec.style, *padded) for s in sites}
-    for line in _op_lines(spec, sites, padded, macs):
+    drawn = _draw(network, arguments)  # first: a name it cannot have is refused before any line
+    for line in _network_lines(network):
         out.say(line)
-    total, parts = cost.total_parameters(spec), cost.by_component(spec)
-    out.say()
-    for name, count in parts.items():
-        out.say(f"{name:<12} {count:>13,}  {count / total:6.1%}")
-    flops = cost.flops(spec, height, width)
-    out.say(f"{'TOTAL':<12} {total:>13,}  {flops / 1e9:,.3g} GFLOP per picture of {width}x{height}")
-    if padded != network.size:
-        out.say(f"pictures are padded to {padded[1]}x{padded[0]} inside and cropped")
-    for name, value in network.facts.items():
-        out.say(f"{name}: {value}")
-    drawn = _draw(network, arguments, out)
+    if drawn is not None:
+        out.say(f"drawn: {drawn}")
+    spec, size = network.spec, network.size
     out.result(
         "describe",
         name=network.name,
-        parameters=total,
-        flops=flops,
-        components=parts,
-        ops=[
-            {"index": s.index, "name": s.name, "parameters": cost.parameters(s, spec.style)}
-            for s in sites
-        ],
-        drawing=drawn,
+        size=list(size),
+        parameters=cost.total_parameters(spec),
+        flops=cost.flops(spec, *size),
+        components=cost.by_component(spec),
+        ops=[_op_facts(site, spec) for site in trace(spec)],
+        facts={name: _plain(value) for name, value in network.facts.items()},
+        drawing=None if drawn is None else drawn.as_posix(),
     )
     return 0
 
 
-def _op_lines(
-    spec: UNetSpec, sites: list[Site], size: tuple[int, int], macs: dict[int, int]
-) -> list[str]:
-    rows = [("op", "what", "output", "parameters", "MFLOP", "")]
-    for site in sites:
-        shape = f"{site.out_width}x{size[0] // site.out_scale}x{size[1] // site.out_scale}"
-        count, flops = cost.parameters(site, spec.style), 2 * macs[site.index] / 1e6
-        where = f"from {site.skip}" if site.skip is not None else site.part.value
-        rows.append(
-            (
-                site.name,
-                _words(site.op),
-                shape,
-                f"{count:,}" if count else "",
-                f"{flops:,.2f}" if flops else "",
-                where,
-            )
-        )
+def _plain(value: object) -> object:
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def _op_facts(site: Site, spec: UNetSpec) -> dict[str, object]:
+    parameters = cost.parameters(site, spec.style)
+    return {"index": site.index, "name": site.name, "parameters": parameters}
+
+
+def _network_lines(network: _Network) -> Iterator[str]:
+    spec, (height, width) = network.spec, network.size
+    padded, total = cost.padded(spec, height, width), cost.total_parameters(spec)
+    sites = list(trace(spec))
+    classes = f", {spec.classes:,} classes" if spec.classes else ""
+    yield (
+        f"{network.name}: {len(sites)} ops, {total:,} parameters, pictures of"
+        f" {spec.in_channels}x{height}x{width}{classes}"
+    )
+    yield ""
+    yield from _op_lines(spec, sites, padded)
+    yield ""
+    yield from _component_lines(spec, total)
+    yield f"\n{cost.flops(spec, height, width) / 1e9:,.3g} GFLOP per picture and step"
+    if padded != network.size:
+        yield f"pictures are padded to {padded[0]}x{padded[1]} inside and cropped"
+    for name, value in network.facts.items():
+        if name != "data fingerprint":  # 64 digits that tell a reader nothing
+            yield f"{name}: {value}"
+
+
+def _op_lines(spec: UNetSpec, sites: list[Site], size: tuple[int, int]) -> list[str]:
+    rows = [("op", "what", "output CxHxW", "parameters", "MFLOP", "")]
+    rows.extend(_op_row(site, spec, size) for site in sites)
     return table(rows, right=(3, 4))
+
+
+def _op_row(
+    site: Site, spec: UNetSpec, size: tuple[int, int]
+) -> tuple[str, str, str, str, str, str]:
+    height, width = size[0] // site.out_scale, size[1] // site.out_scale
+    count = cost.parameters(site, spec.style)
+    flops = 2 * cost.multiply_adds(site, spec.style, *size) / 1e6
+    return (
+        site.name,
+        _words(site.op),
+        f"{site.out_width}x{height}x{width}",
+        f"{count:,}" if count else "",
+        f"{flops:,.2f}" if flops else "",
+        f"with {site.skip:02d}" if site.skip is not None else site.part.value,
+    )
 
 
 def _words(op: Op) -> str:
@@ -153,47 +198,82 @@ def _words(op: Op) -> str:
     values = [
         str(getattr(op, one.name)) for one in fields(op) if getattr(op, one.name) != one.default
     ]
-    return f"{type(op).__name__}({', '.join(values)})"
+    return type(op).__name__ + (f"({', '.join(values)})" if values else "")
 
 
-def _draw(network: _Network, arguments: Arguments, out: Output) -> str | None:
-    output = arguments.given.get("output")
-    if output is None:
+def _component_lines(spec: UNetSpec, total: int) -> list[str]:
+    rows = [("part", "parameters", "")]
+    for name, count in cost.by_component(spec).items():
+        rows.append((name.replace("_", " "), f"{count:,}", f"{count / total:.1%}"))
+    return table([*rows, ("all", f"{total:,}", "")], right=(1, 2))
+
+
+def _draw(network: _Network, arguments: Arguments) -> Path | None:
+    if "output" not in arguments.given:
         return None
     from undiffuse import drawing
 
-    path = Path(str(output))
+    path = Path(str(arguments.given["output"]))
     drawing.save(drawing.draw_unet(network.spec, network.size), path)
-    out.say(f"drawn: {path}")
-    return path.as_posix()
+    return path
+
+
+# --- pictures -----------------------------------------------------------------------------------
 
 
 def _pictures(target: str, arguments: Arguments, out: Output) -> int:
     from undiffuse import images
 
+    if "classes" in arguments.given:
+        raise ConfigError(f"classes is for presets; {target} has its own")
     options = changed(DataConfig(), arguments.settings(DataConfig))
     chosen = images.DataOptions(resolution=options.resolution, channels=options.channels)
     data = images.load(target, chosen)
-    train, held_out = data.train, data.held_out
-    height, width = train.size
-    out.say(f"{data.source}: {len(train):,} pictures for training, {len(held_out):,} held out")
-    out.say(f"{width}x{height}, {train.channels} channels, {train.bits} bits")
-    if train.labels is not None:
-        out.say(f"{len(train.class_names)} classes: {', '.join(train.class_names[:20])}")
-    for note in data.notes:
-        out.say(f"note: {note}")
-    for one in data.skipped[:10]:
-        out.say(f"skipped: {one.name}: {one.reason}")
-    if data.attribution:
-        out.say(data.attribution)
-    out.result(
-        "describe",
-        source=data.source,
-        train_images=len(train),
-        held_out_images=len(held_out),
-        size=[height, width],
-        channels=train.channels,
-        classes=list(train.class_names),
-        skipped=len(data.skipped),
-    )
+    sheet = _contact_sheet(data, arguments)
+    for line in _picture_lines(data):
+        out.say(line)
+    if sheet is not None:
+        out.say(f"drawn: {sheet}")
+    out.result("describe", **_picture_facts(data), drawing=sheet and sheet.as_posix())
     return 0
+
+
+def _contact_sheet(data: "images.Data", arguments: Arguments) -> Path | None:
+    if "output" not in arguments.given:
+        return None
+    from undiffuse import images
+
+    path = Path(str(arguments.given["output"]))
+    images.save_grid(data.train.fixed(min(SHEET, len(data.train)))[0], path)
+    return path
+
+
+def _picture_lines(data: "images.Data") -> Iterator[str]:
+    train, (height, width) = data.train, data.train.size
+    shape = f"{train.channels}x{height}x{width}"
+    pictures = count_of(len(train), "picture")
+    yield f"{data.source}: {pictures} for training, {len(data.held_out):,} held out"
+    yield f"each {shape} (channels, height, width), {train.bits} bits"
+    if train.labels is not None:
+        names = train.class_names
+        more = ", ..." if len(names) > 20 else ""
+        yield f"{len(names)} classes: {', '.join(names[:20])}{more}"
+    yield from (f"note: {note}" for note in data.notes)
+    yield from (f"skipped: {one.name}: {one.reason}" for one in data.skipped[:10])
+    if len(data.skipped) > 10:
+        yield f"skipped: {len(data.skipped) - 10:,} more"
+    if data.attribution:
+        yield data.attribution
+
+
+def _picture_facts(data: "images.Data") -> dict[str, object]:
+    return {
+        "source": data.source,
+        "train_images": len(data.train),
+        "held_out_images": len(data.held_out),
+        "size": list(data.train.size),
+        "channels": data.train.channels,
+        "bits": data.train.bits,
+        "classes": list(data.train.class_names),
+        "skipped": [{"name": one.name, "reason": one.reason} for one in data.skipped],
+    }

@@ -1,10 +1,11 @@
 """Lines, errors and JSON: everything a command says."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self, cast
 
 
 class Output:
@@ -27,22 +28,56 @@ class Output:
     def warn(self, text: str) -> None:
         """A line of progress that `--json` repeats under "warnings"."""
         self.warnings.append(text)
-        self.tell(f"note: {text}")
+        self.tell(f"note: {one_line(text)}")
 
     def result(self, command: str, status: str = "ok", **values: Any) -> None:
         """With `--json`: one object on one line, at the end, alone on stdout."""
-        if self.as_json:
-            schema = {"schema": f"undiffuse.{command}/1", "status": status}
-            print(json.dumps({**schema, **values, "warnings": self.warnings}, allow_nan=False))
+        if not self.as_json:
+            return
+        lost: list[str] = []
+        plain = cast("dict[str, Any]", _finite(values, "", lost))
+        warnings = [*self.warnings, *(f"{name} is not a finite number" for name in lost)]
+        self._object({"schema": f"undiffuse.{command}/1", "status": status, **plain}, warnings)
 
     def error(self, code: int, kind: str, message: str) -> int:
         """One line on stderr (and one object with `--json`); returns the exit code."""
-        message = " ".join(message.split())
+        message = one_line(message)
         if self.as_json:
+            status = "interrupted" if code in (130, 143) else "error"
             record = {"code": code, "type": kind, "message": message}
-            print(json.dumps({"schema": "undiffuse.error/1", "status": "error", **record}))
+            self._object({"schema": "undiffuse.error/1", "status": status, **record}, self.warnings)
         print(f"undiffuse: {message}", file=sys.stderr, flush=True)
         return code
+
+    def _object(self, values: dict[str, Any], warnings: list[str]) -> None:
+        print(json.dumps({**values, "warnings": warnings}, allow_nan=False))
+
+
+def one_line(text: str) -> str:
+    """Spaces for line breaks, escapes for what could steer a terminal."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in " ".join(text.split())
+    )
+
+
+def _finite(value: object, name: str, lost: list[str]) -> object:
+    """JSON has no NaN and no infinity: null instead, and the name goes on the list."""
+    if isinstance(value, dict):
+        items = cast("dict[str, object]", value).items()
+        return {key: _finite(one, f"{name}.{key}".lstrip("."), lost) for key, one in items}
+    if isinstance(value, list | tuple):
+        rows = enumerate(cast("Sequence[object]", value))
+        return [_finite(one, f"{name}[{i}]", lost) for i, one in rows]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(name)
+        return None
+    return value
+
+
+def count_of(number: int, singular: str) -> str:
+    """1 thread, 2 threads, 10,000 pictures."""
+    return f"{number:,} {singular}{'' if number == 1 else 's'}"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
@@ -109,6 +144,12 @@ class Bar:
 
     def close(self) -> None:
         self.tqdm.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _speak(self) -> None:
         self.spoken = time.monotonic()

@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields
 from enum import StrEnum
 from types import UnionType
@@ -13,25 +14,57 @@ from undiffuse import __version__, config
 from undiffuse.cli._output import Output
 from undiffuse.errors import ConfigError
 
-# Other projects' words for ours, for the hint in an error (docs/foreign-words.md has the table).
+# Other projects' words for ours; the first that the command has is suggested.
 FOREIGN = {
-    "batch-size": "train-batch-size",
-    "num-steps": "max-train-steps",
-    "steps": "max-train-steps",
-    "train-num-steps": "max-train-steps",
-    "image-size": "resolution",
-    "gradient-accumulate-every": "gradient-accumulation-steps",
-    "lr": "learning-rate",
-    "train-lr": "learning-rate",
-    "objective": "prediction-type",
-    "timesteps": "num-train-timesteps",
-    "diffusion-steps": "num-train-timesteps",
-    "sampling-timesteps": "num-inference-steps",
-    "timestep-respacing": "num-inference-steps",
-    "resume": "resume-from-checkpoint",
-    "outdir": "output-dir",
-    "model": "preset",
+    "batch-size": ("train-batch-size",),
+    "diffusion-steps": ("num-train-timesteps",),
+    "dim": ("preset",),
+    "dim-mults": ("preset",),
+    "block-out-channels": ("preset",),
+    "channel-mult": ("preset",),
+    "model": ("preset",),
+    "model-channels": ("preset",),
+    "ddim-steps": ("num-inference-steps",),
+    "epochs": ("max-train-steps",),
+    "gradient-accumulate-every": ("gradient-accumulation-steps",),
+    "image-size": ("resolution",),
+    "label": ("class-label",),
+    "class-labels": ("class-label",),
+    "lr": ("learning-rate",),
+    "n-samples": ("num-images", "num-samples"),
+    "num-samples": ("num-images",),
+    "num-steps": ("max-train-steps", "num-inference-steps"),
+    "num-train-epochs": ("max-train-steps",),
+    "objective": ("prediction-type",),
+    "out": ("output-dir", "output"),
+    "outdir": ("output-dir",),
+    "output": ("output-dir",),
+    "results-folder": ("output-dir",),
+    "resume": ("resume-from-checkpoint",),
+    "sampling-timesteps": ("num-inference-steps",),
+    "scale": ("guidance-scale",),
+    "steps": ("max-train-steps", "num-inference-steps"),
+    "timestep-respacing": ("num-inference-steps",),
+    "timesteps": ("num-train-timesteps", "num-inference-steps"),
+    "train-lr": ("learning-rate",),
+    "train-num-steps": ("max-train-steps",),
 }
+FOREIGN_COMMANDS = {
+    "eval": "evaluate",
+    "fit": "train",
+    "generate": "sample",
+    "help": "--help",
+    "info": "describe",
+    "summary": "describe",
+    "test": "evaluate",
+    "version": "--version",
+}
+# argparse's sentences, and ours.
+_SENTENCES = (
+    (r"the following arguments are required: (.+)", r"\1 is missing"),
+    (r"argument (\S+): expected .*argument.*", r"\1 needs a value"),
+    (r"argument (\S+): ignored explicit argument (.+)", r"\1 takes no value; got \2"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,18 +89,26 @@ class _Parser(argparse.ArgumentParser):
     """argparse with our errors: one line, with a suggestion, as an exception."""
 
     def error(self, message: str) -> NoReturn:
-        match = re.search(r"unrecognized arguments: (--?[\w-]+)", message)
-        hint = self._hint(match[1].lstrip("-")) if match else ""
-        raise ConfigError(f"{message}{hint} (undiffuse {self._command()}--help lists all)")
+        wrong = re.match(r"argument COMMAND: invalid choice: (.+?) \(choose", message)
+        if wrong:
+            message = _unknown_command(wrong[1].strip("'\""))
+        for pattern, sentence in _SENTENCES:
+            message = re.sub(f"^{pattern}$", sentence, message)
+        raise ConfigError(f"{message} ({self.prog} --help lists all)")
 
-    def _command(self) -> str:
-        words = self.prog.split()
-        return f"{words[-1]} " if len(words) > 1 else ""
+    def unknown(self, rest: Sequence[str]) -> NoReturn:
+        """Refuse words that no option and no argument takes."""
+        flags = [word for word in rest if word.startswith("-") and len(word) > 1]
+        if not flags:
+            self.error(f"{rest[0]!r} is one argument too many")
+        name = flags[0].partition("=")[0]
+        self.error(f"unknown option {name}{self._hint(name.lstrip('-'))}")
 
     def _hint(self, name: str) -> str:
-        known = [flag[2:] for action in self._actions for flag in action.option_strings]
-        foreign = FOREIGN.get(name)
-        near = [foreign] if foreign in known else difflib.get_close_matches(name, known, 1)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        known = [flag[2:] for flag in flags if flag.startswith("--")]
+        foreign = [word for word in FOREIGN.get(name, ()) if word in known]
+        near = foreign or difflib.get_close_matches(name, known, 1)
         return f". Did you mean --{near[0]}?" if near else ""
 
 
@@ -84,23 +125,61 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         ConfigError: an unknown command or option, or a missing one.
         SystemExit: after `--help` and `--version`.
     """
-    parser = _build()
-    namespace, rest = parser.parse_known_args([_dashed(word) for word in words])
+    parser, commands = _build()
+    namespace, rest = parser.parse_known_args(list(_tidied(words)))
     values = {k: v for k, v in vars(namespace).items() if v is not None}
-    if "command" not in values:
-        parser.error("a command is missing: one of " + ", ".join(_COMMANDS))
+    command = values.pop("command", None)
     if rest:
-        _subparser(parser, values["command"]).error(f"unrecognized arguments: {' '.join(rest)}")
-    command = values.pop("command")
-    return Arguments(command, _runner(command), values)
+        commands.get(command or "", parser).unknown(rest)
+    if command is None:
+        parser.error("a command is missing: one of " + ", ".join(_COMMANDS))
+    given = {name: _checked(name, value) for name, value in values.items()}
+    return Arguments(command, _runner(command), given)
 
 
-def _dashed(word: str) -> str:
-    """--train_batch_size=8 is --train-batch-size=8; values keep their underscores."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+def _unknown_command(word: str) -> str:
+    near = [FOREIGN_COMMANDS[word]] if word in FOREIGN_COMMANDS else []
+    near = near or difflib.get_close_matches(word, _COMMANDS, 1)
+    hint = f". Did you mean {near[0]}?" if near else ""
+    return f"unknown command {word!r}{hint}"
+
+
+def _tidied(words: Sequence[str]) -> Iterator[str]:
+    """--train_batch_size=8 is --train-batch-size=8; --seed -1e3 is --seed=-1e3, a value."""
+    held: str | None = None  # an option whose value may follow
+    for word in words:
+        name, equals, value = word.partition("=")
+        option = word.startswith("--") and len(word) > 2
+        if held is not None and _is_negative(word):
+            yield f"{held}={word}"
+            held = None
+            continue
+        if held is not None:
+            yield held
+        tidy = name.replace("_", "-") + equals + value if option else word
+        held = tidy if option and not equals else None
+        if held is None:
+            yield tidy
+    if held is not None:
+        yield held
+
+
+def _is_negative(word: str) -> bool:
+    try:
+        return word.startswith("-") and float(word) is not None
+    except ValueError:
+        return False
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Refuse what no file and no setting can be called; expand ~ where the shell did not."""
+    if isinstance(value, list):
+        return [_checked(name, one) for one in value]  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(value, str):
+        return value
+    if not value or "\0" in value:
+        raise ConfigError(f"{name} must be a text that is not empty; got {value!r}")
+    return os.path.expanduser(value) if value.startswith("~/") else value
 
 
 def _runner(command: str) -> "Callable[[Arguments, Output], int]":
@@ -114,14 +193,8 @@ def _runner(command: str) -> "Callable[[Arguments, Output], int]":
     return run
 
 
-def _subparser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
-    for action in parser._actions:  # pyright: ignore[reportPrivateUsage] # argparse has no public way
-        if isinstance(action, argparse._SubParsersAction):  # pyright: ignore[reportPrivateUsage]
-            return action.choices[command]
-    raise AssertionError("no commands")
-
-
-def _build() -> _Parser:
+def _build() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the whole, and that of each command."""
     parser = _Parser(
         prog="undiffuse",
         description="The U-Net that removes noise: train it on a folder of pictures, generate new"
@@ -130,27 +203,41 @@ def _build() -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="start with: undiffuse demo",
     )
-    parser.add_argument("--version", action="version", version=f"undiffuse {__version__}")
+    _add_global(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    for name, (words, summary, add) in _COMMANDS.items():
-        one = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            usage=f"undiffuse {name} {words}[options]",
-            allow_abbrev=False,
-        )
-        add(one)
-        _add_global(one)
-    return parser
+    return parser, {name: _add_command(commands, name, *entry) for name, entry in _COMMANDS.items()}
+
+
+def _add_command(
+    commands: Any,  # argparse's type of it has no public name
+    name: str,
+    words: str,
+    summary: str,
+    add: Callable[[argparse.ArgumentParser], None],
+) -> _Parser:
+    one = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        usage=f"undiffuse {name} {words}[options]",
+        allow_abbrev=False,
+    )
+    add(one)
+    _add_global(one)
+    return one
 
 
 def _add_global(parser: argparse.ArgumentParser) -> None:
+    """Flags that `wants` looks for; here they are only known and explained."""
     group = parser.add_argument_group("everywhere")
-    group.add_argument("--json", action="store_true", default=None, help="result as one JSON line")
-    group.add_argument("-q", "--quiet", action="store_true", default=None, help="no progress")
-    group.add_argument("-v", "--verbose", action="store_true", default=None, help="say more")
-    group.add_argument("--debug", action="store_true", default=None, help="tracebacks with errors")
+    for flags, text in (
+        (("--json",), "result as one JSON line"),
+        (("-q", "--quiet"), "no progress"),
+        (("--debug",), "tracebacks with errors"),
+    ):
+        group.add_argument(*flags, action="store_true", default=argparse.SUPPRESS, help=text)
+    version = f"undiffuse {__version__}"
+    group.add_argument("--version", action="version", version=version, help="say it and stop")
 
 
 def _add_section(parser: argparse.ArgumentParser, section: type, *without: str) -> None:
@@ -165,7 +252,9 @@ def _add_option(group: Any, one: Field[Any]) -> None:  # argparse's group type h
     kinds = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
     text = str(one.metadata["help"]).replace("%", "%%")
     shown = one.default.value if isinstance(one.default, StrEnum) else one.default
-    if one.default not in (None, (), False):
+    if kinds[0] is bool:
+        shown = "on" if one.default else "off"
+    if one.default not in (None, ()):
         text += f" (default: {shown})"
     if kinds[0] is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
@@ -219,7 +308,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder or a model file")
     parser.add_argument("--weights", metavar="ema|raw", help="(default: ema)")
-    parser.add_argument("--checkpoint", metavar="STEP", help="instead of the finished model")
+    parser.add_argument("--checkpoint", metavar="STEP", help="of this step, not the finished model")
     parser.add_argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute")
 
 
@@ -258,9 +347,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", help="(default: the run's own)")
     parser.add_argument("--num-samples", metavar="N", help="pictures to judge (default: 1000)")
     parser.add_argument("--draws", metavar="N", help="noise draws per picture (default: 4)")
-    for name in ("num_inference_steps", "sampler", "guidance_scale", "seed", "batch_size"):
-        one = next(f for f in fields(config.SampleConfig) if f.name == name)
-        _add_option(parser.add_argument_group("sampling"), one)
+    without = ("num_images", "eta", "class_label")
+    _add_section(parser, config.SampleConfig, *without)
     parser.add_argument(
         "--fail-above", metavar="NAME=X", help="exit with 6 if that figure is above X"
     )
@@ -276,7 +364,9 @@ def _add_describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", metavar="N|HxW", help="picture size for shapes and FLOPs")
     parser.add_argument("--channels", metavar="N", help="of the pictures (default: 3)")
     parser.add_argument("--classes", metavar="N", help="number of classes (default: 0)")
-    parser.add_argument("--output", metavar="FILE", help="draw the U as .svg or .png")
+    parser.add_argument(
+        "--output", metavar="FILE", help="draw the U as .svg or .png, pictures as a contact sheet"
+    )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,13 +17,16 @@ from undiffuse.noise import NoiseLevel, Schedule, Stream, keyed, keyed_normal
 
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 5.0)  # sigma / alpha
 MOST_PICTURES = 1000
-MOST_VALUES = 1 << 21  # of all pictures measured together
+MOST_VALUES = 1 << 19  # of all pictures measured together
+CHOOSING_VALUES = 1 << 18  # the same where a bar's setting is chosen
+FEWEST = 64  # pictures, however large
 FEW_HELD_OUT = 50
 RESAMPLES = 1000
 TRAIN_OFFSET = 1 << 32  # training pictures get noise of their own
 MEMORY_BELOW = 1.2  # above this ratio memorised and learned look alike
 
 
+@runtime_checkable
 class LevelDenoiser(Protocol):
     """`Denoiser`, or anything called like it that knows its schedule."""
 
@@ -139,7 +141,7 @@ def loss_by_level(
     if not len(held_out):
         return _not_measured(train, draws, seed)
     bars = fit_bars(train, seed)
-    limit = min(MOST_PICTURES, max(64, MOST_VALUES // train.x0[0].numel()))
+    limit = min(MOST_PICTURES, max(FEWEST, MOST_VALUES // train.x0[0].numel()))
     unseen = at_most(held_out, limit, seed, tag=11)
     known = at_most(bars.pictures, len(unseen), seed, tag=12)
     models = _models(denoiser, batch_size, device, labelled and unseen.label is not None, null)
@@ -223,7 +225,7 @@ class _Job:
         return next(iter(self.models))
 
 
-Errors = Float[np.ndarray, "n"]  # per picture, mean over values and draws
+Errors = NDArray[np.float64]  # (n,): per picture, mean over values and draws
 
 
 @dataclass(frozen=True)
@@ -272,11 +274,13 @@ def _classes_known(job: _Job) -> bool:
 
 
 def _chosen(family: tuple[Candidate, ...], job: _Job, level: NoiseLevel, part: int) -> Candidate:
-    """The candidate of least error on the first draw."""
+    """The candidate of least error on the first draw (of the first pictures, if they are large)."""
     if len(family) == 1:
         return family[0]
-    x0, x = job.held_out.x0, _noised(job.held_out, level, 0, part, job.seed)
-    return min(family, key=lambda c: float((c.estimate(x, level, None) - x0).square().mean()))
+    count = max(FEWEST, CHOOSING_VALUES // job.held_out.x0[0].numel())
+    some = job.held_out.at(slice(count))
+    x = _noised(some, level, 0, part, job.seed)
+    return min(family, key=lambda c: float((c.estimate(x, level, None) - some.x0).square().mean()))
 
 
 def _noised(split: Split, level: NoiseLevel, offset: int, part: int, seed: int) -> Tensor:

@@ -236,12 +236,12 @@ def _mean_accuracy(hits: Hits, classes: list[int]) -> tuple[float, float, int]:
     n = sum(total for _, total in counted)
     value = sum(right / total for right, total in counted) / len(counted)
     effective = len(counted) ** 2 / sum(1 / total for _, total in counted)
-    return value, _share_std(value * effective, effective), n
+    return value, _share_std(value, effective), n
 
 
-def _share_std(hits: float, n: float) -> float:
+def _share_std(share: float, n: float | int) -> float:
     """Binomial; by Laplace's rule, so that 0 of n is not taken for certainty."""
-    share = (hits + 1) / (n + 2)
+    share = (share * n + 1) / (n + 2)
     return math.sqrt(share * (1 - share) / n)
 
 
@@ -361,7 +361,7 @@ def _mean_shares(points: _Points, judged: Points, n: int) -> dict[str, float]:
 def _share(
     name: str, value: dict[str, float], floor: dict[str, float], n: int, features: str, note: str
 ) -> Figure:
-    std = _share_std(floor[name] * n, n)
+    std = _share_std(floor[name], n)
     return Figure(name, value[name], floor[name], std, "higher", n, features, note)
 
 
@@ -380,7 +380,7 @@ def _copies(sets: _Sets, places: Tensor) -> tuple[Figure, tuple[Pair, ...]]:
     if len(sets.held_out):
         unseen = nearest(flat(sets.held_out.x0), pictures[kept]).ratio
         floor = _share_below(unseen)
-        std = _share_std(floor * len(unseen), len(unseen))
+        std = _share_std(floor, len(unseen))
     figure = Figure("copies", value, floor, std, "lower", len(made.ratio), _PIXELS, _COPIES_NOTE)
     if floor is None:
         figure = _warned(figure, "no held-out pictures, so no floor")

@@ -21,7 +21,7 @@ class Split:
     """
 
     x0: Float[Tensor, "n c h w"]
-    label: Int[Tensor, "n"] | None = None
+    label: Int[Tensor, "labels"] | None = None
 
     def __post_init__(self) -> None:
         if self.x0.ndim != 4:

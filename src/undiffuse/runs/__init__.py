@@ -7,7 +7,7 @@ The four-line road in Python and the command line both stand on these functions:
 """
 
 from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, evaluation_steps
-from undiffuse.runs._folder import RunFolder, stored_config
+from undiffuse.runs._folder import RunFolder, check_writable, stored_config
 from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
 from undiffuse.runs._load import list_models, load, missing_run
 from undiffuse.runs._plan import Plan, Request, resumed_config
@@ -39,6 +39,7 @@ __all__ = [
     "Saved",
     "Stopped",
     "Validated",
+    "check_writable",
     "evaluate_run",
     "evaluation_steps",
     "film",

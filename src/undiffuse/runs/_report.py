@@ -6,7 +6,7 @@ from typing import Any
 from undiffuse import drawing, report
 from undiffuse.checkpoint import Model
 from undiffuse.config import flatten
-from undiffuse.cost import total_parameters
+from undiffuse.cost import parameters, total_parameters
 from undiffuse.runs._folder import (
     RunFolder,
     read_json,
@@ -15,6 +15,7 @@ from undiffuse.runs._folder import (
     write_text,
 )
 from undiffuse.runs._load import load
+from undiffuse.spec import trace
 
 
 def write_report(run: str | Path, output: Path | None = None) -> Path:
@@ -39,9 +40,7 @@ def write_report(run: str | Path, output: Path | None = None) -> Path:
         levels_svg=drawing.to_svg(drawing.draw_levels(body["levels"]))
         if body.get("levels")
         else None,
-        unet_svg=drawing.to_svg(
-            drawing.draw_unet(model.spec, (model.pictures.height, model.pictures.width))
-        ),
+        unet_svg=_unet_svg(model),
         evaluation=body,
         neighbours_png=_bytes(folder.samples / "neighbours.png"),
         config=flatten(config),
@@ -83,6 +82,12 @@ def _facts(folder: RunFolder, model: Model, records: list[dict[str, Any]]) -> di
 
 def _precision(info: dict[str, Any]) -> str:
     return "bfloat16 inside the network" if info.get("precision") == "bf16" else "float32"
+
+
+def _unet_svg(model: Model) -> str:
+    spec, size = model.spec, (model.pictures.height, model.pictures.width)
+    counts = {site.index: parameters(site, spec.style) for site in trace(spec)}
+    return drawing.to_svg(drawing.draw_unet(spec, size, counts))
 
 
 def _loss_svg(records: list[dict[str, Any]]) -> str | None:

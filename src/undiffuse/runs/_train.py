@@ -1,6 +1,7 @@
 """A training run as a stream of events. The caller prints; this module never does."""
 
 import json
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from undiffuse.runs._folder import (
     write_text,
 )
 from undiffuse.runs._generate import generate
+from undiffuse.runs._load import load
 from undiffuse.runs._plan import (
     Plan,
     Request,
@@ -39,6 +41,7 @@ from undiffuse.training import StepReport, TrainState, held_out_loss, train
 LOG_EVERY = 10  # steps per line of metrics.jsonl; reading a loss makes a GPU wait
 HELD_OUT_MOST = 512  # held-out pictures in the loss that is taken while training
 PREVIEW_STEPS = 15
+IN_PYTHON = "(given in Python)"  # config.json's word for data that no path names
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,11 @@ Stop = Callable[[], bool]
 
 
 def fit(
-    data: object = "digits", *, output_dir: str | Path | None = None, **settings: object
+    data: object = "digits",
+    *,
+    output_dir: str | Path | None = None,
+    on_event: Callable[[Event], object] = lambda event: None,
+    **settings: object,
 ) -> Model:
     """Train a generator and return it: the short road.
 
@@ -112,28 +119,20 @@ def fit(
         data: a folder, an .npz file, "digits", "photos", a tensor (n, c, h, w) in [-1, 1], or an
             uint8 array.
         output_dir: the run folder, with checkpoints, samples and logs. None keeps nothing.
+        on_event: called with every event of the run; `print` shows what happens.
         settings: any option of `undiffuse train`, with underscores: resolution=64,
             max_train_steps=2000, train_batch_size=32, seed=1 ...
 
     Raises:
         ConfigError, DataError, ResourceError, DivergedError: with what to do in the message.
     """
-    named = {"data": str(data)} if isinstance(data, str | Path) else {}
-    config = override(RunConfig(), {**settings, **named})
-    if output_dir is None:
-        import tempfile
-
-        with tempfile.TemporaryDirectory(prefix="undiffuse-") as folder:
-            return _fit(Request(config, Path(folder) / "run", None if named else data))
-    return _fit(Request(config, Path(output_dir), None if named else data))
-
-
-def _fit(request: Request) -> Model:
-    from undiffuse.runs._load import load
-
-    for _ in training_run(request):
-        pass
-    return load(request.run)
+    named = isinstance(data, str | Path)
+    config = override(RunConfig(), {**settings, "data": str(data) if named else IN_PYTHON})
+    with tempfile.TemporaryDirectory(prefix="undiffuse-") as folder:
+        run = Path(folder) / "run" if output_dir is None else Path(output_dir)
+        for event in training_run(Request(config, run, None if named else data)):
+            on_event(event)
+        return load(run)
 
 
 def training_run(request: Request, stop: Stop = lambda: False) -> Iterator[Event]:
