@@ -76,7 +76,7 @@ def _names(out: Output) -> int:
     for name, values in lists.items():
         out.say(f"{name}: {', '.join(values)}")
     out.say("\nmore about one: undiffuse describe light")
-    out.result("describe", presets=presets, **lists)
+    out.result("describe", presets=presets, known=lists)
     return 0
 
 
@@ -266,7 +266,7 @@ def _picture_lines(data: "images.Data") -> Iterator[str]:
         yield data.attribution
 
 
-def _picture_facts(data: "images.Data") -> dict[str, object]:
+def _picture_facts(data: "images.Data") -> dict[str, Any]:
     return {
         "source": data.source,
         "train_images": len(data.train),

@@ -146,29 +146,34 @@ def _unknown_command(word: str) -> str:
 
 def _tidied(words: Sequence[str]) -> Iterator[str]:
     """--train_batch_size=8 is --train-batch-size=8; --seed -1e3 is --seed=-1e3, a value."""
-    held: str | None = None  # an option whose value may follow
-    for word in words:
-        name, equals, value = word.partition("=")
-        option = word.startswith("--") and len(word) > 2
-        if held is not None and _is_negative(word):
-            yield f"{held}={word}"
-            held = None
+    waiting = iter(words)
+    held: list[str] = []  # an option whose value may follow
+    for word in waiting:
+        if word == "--":
+            yield from (*held, word, *waiting)
+            return
+        if held and _is_negative(word):
+            yield f"{held.pop()}={word}"
             continue
-        if held is not None:
-            yield held
-        tidy = name.replace("_", "-") + equals + value if option else word
-        held = tidy if option and not equals else None
-        if held is None:
-            yield tidy
-    if held is not None:
-        yield held
+        yield from held
+        held = [_dashed(word)]
+        if not word.startswith("--") or "=" in word:
+            yield held.pop()
+    yield from held
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def _is_negative(word: str) -> bool:
+    """-1, -1e-3, -inf: a number, where argparse would see an option."""
     try:
-        return word.startswith("-") and float(word) is not None
+        float(word)
     except ValueError:
         return False
+    return word.startswith("-")
 
 
 def _checked(name: str, value: Any) -> Any:

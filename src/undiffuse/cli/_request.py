@@ -96,7 +96,13 @@ def _unique(pairs: list[tuple[str, object]]) -> Settings:
 
 
 def _kind(value: object) -> str:
-    return {list: "list", str: "text", type(None): "null"}.get(type(value), "number or truth value")
+    match value:
+        case list():
+            return "list"
+        case str():
+            return "text"
+        case _:
+            return "single value"
 
 
 def _next_run(data: str) -> Path:
