@@ -1249,3 +1249,15 @@ def test_a_lock_can_be_taken_again(tmp_path: Path) -> None:
                 pass
     with pytest.raises(ResourceError, match=r"cannot lock .*no/.lock: No such file"):
         RunLock(tmp_path / "no").__enter__()
+
+
+def test_rewind_sets_later_steps_aside_whole(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2, 3, keep=3)
+    whole = {f: (checkpoints.path(3) / f).read_bytes() for f in ALL_FILES}
+    assert checkpoints.rewind(1) == (2, 3)
+    assert checkpoints.steps() == (1,)
+    (aside,) = tmp_path.glob("set-aside-*-step_00000003")
+    assert {f: (aside / f).read_bytes() for f in ALL_FILES} == whole
+    checkpoints.clean()
+    assert aside.is_dir()
+    assert checkpoints.rewind(1) == ()

@@ -266,8 +266,10 @@ def test_a_recipe_without_classes_hears_no_labels() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 7, 8])
 def test_accumulation_does_not_change_the_run(parts: int) -> None:
-    """In float64 to rounding, also where parts are uneven (8 pictures in 3 or 7 parts)."""
-    config = replace(CONFIG, train_batch_size=8, label_dropout=0.5)
+    """In float64 to rounding, also where parts are uneven (8 pictures in 3 or 7 parts). Epsilon is
+    large, since AdamW divides by sqrt(v) + epsilon: behind a layer that starts at zero the
+    gradients are as small as their rounding errors, and would be blown up to whole updates."""
+    config = replace(CONFIG, train_batch_size=8, label_dropout=0.5, adam_epsilon=1e-3)
     whole = run(config, unet().double(), source64)
     cut = run(replace(config, gradient_accumulation_steps=parts), unet().double(), source64)
     for name, tensor in flat(whole).items():
@@ -355,7 +357,9 @@ def test_ten_bad_updates_in_a_row_end_the_run() -> None:
     with pytest.raises(DivergedError, match=r"10 updates in a row at step 10 .*learning.rate"):
         for _ in train(state, poisoned(lambda p: True), RECIPE, config):
             pass
-    assert_same(start, flat(state))
+    now = flat(state)
+    assert_same(start, {name: now[name] for name in start})
+    assert not any(tensor.any() for name, tensor in now.items() if name.startswith("optim/"))
     assert state.step == MAX_BAD_STEPS
 
 
@@ -392,7 +396,7 @@ def test_one_step_is_adamw_s() -> None:
     )
     loss.mean().backward()
     report = next(train(state, source64, RECIPE, config))
-    assert float(report.loss) == pytest.approx(float(loss.mean()), rel=1e-6)
+    assert float(report.loss) == pytest.approx(float(loss.detach().mean()), rel=1e-6)
     for (name, got), before in zip(
         state.net.named_parameters(), reference.parameters(), strict=True
     ):
@@ -428,7 +432,9 @@ def test_an_untrained_net_has_a_loss_of_one_on_gaussian_pictures() -> None:
     [
         (RECIPE, KarrasPrecond()),
         (Recipe(Cosine(), OnGrid(), classes=CLASSES), Velocity()),
-        (Recipe(Flow(), uniform_t, classes=CLASSES), FlowVelocity()),
+        pytest.param(
+            Recipe(Flow(), uniform_t, classes=CLASSES), FlowVelocity(), marks=pytest.mark.slow
+        ),
     ],
     ids=["karras", "cosine-v", "flow"],
 )
@@ -442,7 +448,7 @@ def test_four_pictures_are_learned_by_heart(recipe: Recipe, prediction: Any) -> 
 
     net = unet(groups=4)
     config = TrainConfig(
-        max_train_steps=250, train_batch_size=16, learning_rate=1e-2, label_dropout=0.0
+        max_train_steps=120, train_batch_size=8, learning_rate=1e-2, label_dropout=0.0
     )
     state = TrainState(net, Denoiser(net, recipe.schedule, prediction), config)
     losses = [float(r.loss) for r in train(state, four, recipe, config)]

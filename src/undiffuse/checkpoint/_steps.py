@@ -130,6 +130,26 @@ class Checkpoints:
         except OSError as error:
             raise ResourceError(f"cannot clean {self.folder}: {reason_of(error)}") from error
 
+    def rewind(self, step: int) -> tuple[int, ...]:
+        """Set later steps aside, as `set-aside-step_...`, so that a run goes on from `step`.
+
+        Returns:
+            The steps set aside; their directories are kept whole.
+
+        Raises:
+            ResourceError: they cannot be renamed.
+        """
+        later = tuple(one for one in self.steps() if one > step)
+        try:
+            for one in later:
+                aside = self.folder / f"set-aside-{uuid4().hex[:8]}-{self.path(one).name}"
+                self.disk.rename(self.path(one), aside)
+            if later:
+                self.disk.sync_folder(self.folder)
+        except OSError as error:
+            raise ResourceError(f"cannot rename in {self.folder}: {reason_of(error)}") from error
+        return later
+
     # --- steps of saving ------------------------------------------------------------------------
 
     def _make_room(self, needed: int) -> None:

@@ -1,6 +1,6 @@
 """`evaluate`, and an evaluation as lines of text: each figure beside what real pictures score."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,19 @@ def figure_lines(body: Body) -> list[str]:
         return []
     heading = ("samples", "value", "real pictures", "better", "n")
     rows = [heading, *(_figure_row(figure) for figure in figures)]
-    notes = [f"note: {f['name']}: {f['warning']}" for f in figures if f["warning"]]
-    return [*table(rows, right=(1, 4)), *notes]
+    return [*table(rows, right=(1, 4)), *_notes(figures)]
+
+
+def _notes(figures: Sequence[Body]) -> list[str]:
+    """Each warning once, with the figures it is about."""
+    about: dict[str, list[str]] = {}
+    for figure in figures:
+        for warning in filter(None, figure["warning"].split("; ")):
+            about.setdefault(warning, []).append(figure["name"])
+    return [
+        f"note ({'all' if len(names) == len(figures) else ', '.join(names)}): {warning}"
+        for warning, names in about.items()
+    ]
 
 
 def _figure_row(figure: Body) -> tuple[str, str, str, str, str]:

@@ -321,6 +321,7 @@ class _Run:
     def _write_start(self) -> None:
         plan, folder = self.plan, self.plan.folder
         self.checkpoints.clean()
+        self.checkpoints.rewind(plan.first_step)
         save_config(folder, plan.config)
         write_json(folder.info, _info(plan, self.run_id))
         write_json(folder.path / "data.json", {"names": names_of(plan.data)})
