@@ -1251,13 +1251,13 @@ def test_a_lock_can_be_taken_again(tmp_path: Path) -> None:
         RunLock(tmp_path / "no").__enter__()
 
 
-def test_rewind_sets_later_steps_aside_whole(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, 1, 2, 3, keep=3)
-    whole = {f: (checkpoints.path(3) / f).read_bytes() for f in ALL_FILES}
-    assert checkpoints.rewind(1) == (2, 3)
-    assert checkpoints.steps() == (1,)
-    (aside,) = tmp_path.glob("set-aside-*-step_00000003")
+def test_rewind_sets_later_steps_aside_whole(two: Path, tmp_path: Path) -> None:
+    checkpoints = copy(two, tmp_path)
+    whole = {f: (checkpoints.path(10) / f).read_bytes() for f in ALL_FILES}
+    assert checkpoints.rewind(9) == (10,)
+    assert checkpoints.steps() == (9,)
+    (aside,) = checkpoints.folder.glob("set-aside-*-step_00000010")
     assert {f: (aside / f).read_bytes() for f in ALL_FILES} == whole
     checkpoints.clean()
     assert aside.is_dir()
-    assert checkpoints.rewind(1) == ()
+    assert checkpoints.rewind(9) == ()
