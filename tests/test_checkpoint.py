@@ -1251,8 +1251,8 @@ def test_a_lock_can_be_taken_again(tmp_path: Path) -> None:
         RunLock(tmp_path / "no").__enter__()
 
 
-def test_rewind_sets_later_steps_aside_whole(two: Path, tmp_path: Path) -> None:
-    checkpoints = copy(two, tmp_path)
+def test_rewind_sets_later_steps_aside_whole(copy: Checkpoints) -> None:
+    checkpoints = copy
     whole = {f: (checkpoints.path(10) / f).read_bytes() for f in ALL_FILES}
     assert checkpoints.rewind(9) == (10,)
     assert checkpoints.steps() == (9,)

@@ -1,5 +1,7 @@
 """Settings: kinds and ranges, names and messages, and the way through JSON and back."""
 
+# pyright: basic
+
 import json
 import math
 from collections.abc import Mapping
@@ -298,7 +300,8 @@ def values_of(one: Any) -> st.SearchStrategy[Any]:
         return st.text(min_size=1)
     plain: st.SearchStrategy[Any]
     if "int" in kind:
-        plain = st.integers(math.ceil(limits["at_least"]), limits.get("below", 2**40) - 1)
+        most = min(limits.get("at_most", 2**40), limits.get("below", 2**41) - 1)
+        plain = st.integers(math.ceil(limits["at_least"]), most)
     else:
         low, high = limits.get("at_least", limits.get("above")), limits.get("at_most")
         plain = st.floats(
@@ -316,7 +319,8 @@ def settings(draw: Any) -> dict[str, Any]:
     chosen = draw(st.lists(st.sampled_from(every), unique_by=lambda one: one.name))
     values = {one.name: draw(values_of(one)) for one in chosen}
     if {"train_batch_size", "gradient_accumulation_steps"} & values.keys():
-        values["train_batch_size"] = 2**40
+        parts = values.get("gradient_accumulation_steps", 1)
+        values["train_batch_size"] = max(parts, values.get("train_batch_size", 1))
     return values
 
 

@@ -4,6 +4,8 @@ Every stop and every resume happens in a process of its own. A child works throu
 so that many cases share the start of an interpreter.
 """
 
+# pyright: basic
+
 import json
 import os
 import signal
@@ -83,15 +85,15 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "inside an epoch": ({"train_batch_size": 4}, (1, 4)),
     "at epoch ends": ({}, (3, 6)),
     "accumulation": ({"gradient_accumulation_steps": 2, "train_batch_size": 5}, (3,)),
-    "flips": ({"random_flip": True}, (2, 5)),
-    "crops": ({"random_crop": True, "resolution": 8}, (2, 5)),
-    "dropout": ({"dropout": 0.3}, (2, 5)),
-    "label dropout": ({"label_dropout": 0.5}, (2, 5)),
-    "bf16": ({"mixed_precision": "bf16"}, (2, 5)),
-    "weight decay": ({"adam_weight_decay": 0.1}, (5,)),
+    "flips": ({"random_flip": True}, (5,)),
+    "crops": ({"random_crop": True, "resolution": 8}, (2,)),
+    "dropout": ({"dropout": 0.3}, (5,)),
+    "label dropout": ({"label_dropout": 0.5}, (2,)),
+    "bf16": ({"mixed_precision": "bf16"}, (5,)),
+    "weight decay": ({"adam_weight_decay": 0.1}, (2,)),
     "min-SNR on a table": (
         {"prediction_type": "epsilon", "beta_schedule": "linear", "snr_gamma": 5.0},
-        (2, 5),
+        (5,),
     ),
     "checkpoints and previews between": ({"checkpointing_steps": 2, "sample_every": 3}, (3, 5)),
     "everything": (ALL_AT_ONCE, (1, 6)),
@@ -166,40 +168,53 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
 
 
+Runs = dict[str, Path]
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
-    """Every case's run without a stop; cases with equal settings share one."""
-    root, by_settings, runs = tmp_path_factory.mktemp("straight"), dict[str, Path](), {}
+def both(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> tuple[Runs, Runs]:
+    """Every case's run without a stop (cases with equal settings share one), and stopped at its
+    steps; each part of a stopped one in a fresh process."""
+    root = tmp_path_factory.mktemp("runs")
+    by_settings: dict[str, Job] = {}
+    straight, stopped = {}, {name: root / f"stopped-{n}" for n, name in enumerate(CASES)}
     for number, name in enumerate(CASES):
-        key = json.dumps(CASES[name][0], sort_keys=True)
-        runs[name] = by_settings.setdefault(key, root / str(number))
-    ends = work(
-        [
-            job(run, {**BASE, "data": str(pictures), **json.loads(key)}, STEPS, None)
-            for key, run in by_settings.items()
-        ]
-    )
-    assert [end["last"] for end in ends] == ["Finished"] * len(by_settings)
-    return runs
+        settings = settings_of(name, pictures)
+        one = job(root / f"straight-{number}", settings, STEPS, None)
+        straight[name] = Path(by_settings.setdefault(json.dumps(settings), one)["run"])
+    carry_out(list(by_settings.values()))
+    for part in range(1 + max(len(stops) for _, stops in CASES.values())):
+        carry_out(
+            [
+                job(
+                    stopped[name],
+                    settings_of(name, pictures),
+                    (*stops, STEPS)[part],
+                    "latest" if part else None,
+                )
+                for name, (_, stops) in CASES.items()
+                if part <= len(stops)
+            ]
+        )
+    return straight, stopped
+
+
+def carry_out(jobs: Sequence[Job]) -> None:
+    """In one process; each must end at its stop, on what it calls an unchanged machine."""
+    for one, end in zip(jobs, work(jobs), strict=True):
+        wanted = "Finished" if one["stop"] == STEPS else "Stopped"
+        assert (one["run"], end["last"], end["step"]) == (one["run"], wanted, one["stop"])
+        assert not any("not bit for bit" in note for note in end["notes"]), end["notes"]
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
-    """Every case's run, stopped at its steps; each part in a fresh process."""
-    root = tmp_path_factory.mktemp("stopped")
-    runs = {name: root / str(number) for number, name in enumerate(CASES)}
-    for part in range(1 + max(len(stops) for _, stops in CASES.values())):
-        active = {name: stops for name, (_, stops) in CASES.items() if part <= len(stops)}
-        resume = "latest" if part else None
-        targets = {name: (*stops, STEPS)[part] for name, stops in active.items()}
-        ends = work(
-            [job(runs[n], settings_of(n, pictures), stop, resume) for n, stop in targets.items()]
-        )
-        for name, end in zip(active, ends, strict=True):
-            wanted = "Finished" if targets[name] == STEPS else "Stopped"
-            assert (name, end["last"], end["step"]) == (name, wanted, targets[name])
-            assert not any("not bit for bit" in note for note in end["notes"]), end["notes"]
-    return runs
+def straight(both: tuple[Runs, Runs]) -> Runs:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def stopped(both: tuple[Runs, Runs]) -> Runs:
+    return both[1]
 
 
 @pytest.mark.slow
@@ -291,269 +306,6 @@ def command(*words: str) -> list[str]:
 
 
 def first_words(data: Path, run: Path) -> list[str]:
-    options = {f"--{name.replace('_', '-')}": str(v) for name, v in CLI_SETTINGS.items()}
-    flat = [word for pair in options.items() for word in pair]
-    return command(str(data), "--output-dir", str(run), *flat)
-
-
-def resume_words(run: Path) -> list[str]:
-    return command("--resume-from-checkpoint", "latest", "--output-dir", str(run))
-
-
-def signalled(words: Sequence[str], run: Path, after: int, number: int) -> tuple[int, str, str]:
-    """Start a command, send it a signal once a checkpoint of `after` or later is there."""
-    child = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=quiet_environment(),
-    )
-    with child:
-        wait_until(lambda: child.poll() is not None or newest(run) >= after)
-        child.send_signal(number)
-        out, err = child.communicate()
-    return child.returncode, out, err
-
-
-def newest(run: Path) -> int:
-    return max(Checkpoints(run / "checkpoints").steps(), default=0)
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    while not done():
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_signals_stop_the_command_and_it_goes_on_bit_for_bit(
-    tmp_path: Path, pictures: Path
-) -> None:
-    straight, run = tmp_path / "straight", tmp_path / "run"
-    work([job(straight, {**CLI_SETTINGS, "data": str(pictures)}, CLI_STEPS, None)])
-    again = f"undiffuse train --resume-from-checkpoint latest --output-dir {run.as_posix()}"
-    steps = [0]
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        words = resume_words(run) if steps[-1] else first_words(pictures, run)
-        ended, out, err = signalled(words, run, steps[-1] + 3, number)
-        assert ended == code, err
-        if number != signal.SIGKILL:
-            assert f"Stopped at step {newest(run)}, saved. Go on: {again}" in out
-            assert "Traceback" not in err
-        steps.append(newest(run))
-    assert all(one < other for one, other in pairwise([*steps, CLI_STEPS])), steps
-    done = subprocess.run(
-        resume_words(run), check=False, env=quiet_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert differing(loaded(run, CLI_STEPS), loaded(straight, CLI_STEPS)) == []
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]
-
-
-Job = dict[str, Any]
-
-
-def arguments(*words: str) -> list[str]:
-    return [sys.executable, *words]
-
-
-def quiet_environment() -> dict[str, str]:
-    source = str(Path(__file__).parent.parent / "src")
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-
-
-def work(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """One process that does these jobs; how each of them ended."""
-    child = subprocess.run(
-        arguments("-c", CHILD),
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        env=quiet_environment(),
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
-    lines = [json.loads(line) for line in child.stdout.splitlines()]
-    return [line for line in lines if "last" in line]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures of 8x8 in two classes."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(10):
-        pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-        path = folder / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).resize((8, 8)).save(path)
-    return folder
-
-
-def settings_of(name: str, data: Path) -> dict[str, Any]:
-    return {**BASE, "data": str(data), **CASES[name][0]}
-
-
-def job(run: Path, settings: Mapping[str, Any], stop: int, resume: str | None) -> Job:
-    return {"run": str(run), "settings": dict(settings), "stop": stop, "resume": resume}
-
-
-def loaded(run: Path, step: int = STEPS) -> Loaded:
-    return Checkpoints(run / "checkpoints").read(step)[0]
-
-
-def differing(one: Loaded, other: Loaded) -> list[str]:
-    """The names of tensors that are not the same bits."""
-    first, second = (
-        {
-            f"{group}/{name}": tensor
-            for group, part in each.tensors.items()
-            for name, tensor in part.items()
-        }
-        for each in (one, other)
-    )
-    assert first.keys() == second.keys()
-    return [name for name in first if not same_bits(first[name], second[name])]
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
-    """Every case's run without a stop; cases with equal settings share one."""
-    root, by_settings, runs = tmp_path_factory.mktemp("straight"), dict[str, Path](), {}
-    for number, name in enumerate(CASES):
-        key = json.dumps(CASES[name][0], sort_keys=True)
-        runs[name] = by_settings.setdefault(key, root / str(number))
-    ends = work(
-        [
-            job(run, {**BASE, "data": str(pictures), **json.loads(key)}, STEPS, None)
-            for key, run in by_settings.items()
-        ]
-    )
-    assert [end["last"] for end in ends] == ["Finished"] * len(by_settings)
-    return runs
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
-    """Every case's run, stopped at its steps; each part in a fresh process."""
-    root = tmp_path_factory.mktemp("stopped")
-    runs = {name: root / str(number) for number, name in enumerate(CASES)}
-    for part in range(1 + max(len(stops) for _, stops in CASES.values())):
-        active = {name: stops for name, (_, stops) in CASES.items() if part <= len(stops)}
-        resume = "latest" if part else None
-        targets = {name: (*stops, STEPS)[part] for name, stops in active.items()}
-        ends = work(
-            [job(runs[n], settings_of(n, pictures), stop, resume) for n, stop in targets.items()]
-        )
-        for name, end in zip(active, ends, strict=True):
-            wanted = "Finished" if targets[name] == STEPS else "Stopped"
-            assert (name, end["last"], end["step"]) == (name, wanted, targets[name])
-            assert not any("not bit for bit" in note for note in end["notes"]), end["notes"]
-    return runs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(
-    name: str, straight: dict[str, Path], stopped: dict[str, Path]
-) -> None:
-    one, other = loaded(straight[name]), loaded(stopped[name])
-    assert differing(one, other) == []
-    assert one.state["counters"] == other.state["counters"]
-    files = [run / "model.safetensors" for run in (straight[name], stopped[name])]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
-@pytest.mark.slow
-def test_the_cases_are_different_runs(straight: dict[str, Path]) -> None:
-    """Otherwise an option that does nothing would pass the test above."""
-    runs = {str(run): loaded(run) for name, run in straight.items() if "previews" not in name}
-    ends = {name: run.tensors["model"]["layers.00_conv.weight"] for name, run in runs.items()}
-    assert len({tensor.numpy().tobytes() for tensor in ends.values()}) == len(runs)
-    optim = next(iter(runs.values())).tensors["optim"]
-    assert all(float(optim[name]) == STEPS for name in optim if name.endswith("/step"))
-
-
-@pytest.mark.slow
-def test_checkpoints_and_previews_do_not_touch_the_weights(straight: dict[str, Path]) -> None:
-    """F20: saving, drawing and measuring draw from streams of their own."""
-    busy, plain = straight["checkpoints and previews between"], straight["at step 0"]
-    assert (busy / "samples" / "step_00000003.png").exists()
-    assert not (plain / "samples" / "step_00000003.png").exists()
-    assert differing(loaded(busy), loaded(plain)) == []
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, pictures: Path, straight: dict[str, Path]
-) -> None:
-    """F1: SIGKILL between two events, twice; every step is saved."""
-    run, chance = tmp_path / "run", np.random.default_rng(0)
-    settings = {**BASE, "data": str(pictures), "checkpointing_steps": 1}
-    for events in (5, 6):  # until the kill, counted from the start of each process
-        before = max(Checkpoints(run / "checkpoints").steps(), default=0)
-        resume = "latest" if before else None
-        kill_after(job(run, settings, STEPS, resume), events, float(chance.uniform(0, 0.05)))
-        assert before <= max(Checkpoints(run / "checkpoints").steps()) <= STEPS
-    (end,) = work([job(run, settings, STEPS, "latest")])
-    assert end["last"] == "Finished"
-    assert differing(loaded(run), loaded(straight["at step 0"])) == []
-    assert not list((run / "checkpoints").glob(".tmp-*"))
-
-
-def kill_after(one: Job, events: int, delay: float) -> None:
-    child = subprocess.Popen(
-        arguments("-c", CHILD),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=quiet_environment(),
-    )
-    with child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        assert child.stderr is not None
-        child.stdin.write(json.dumps([one]))
-        child.stdin.close()
-        seen = [child.stdout.readline() for _ in range(events)]
-        assert all(seen), child.stderr.read()
-        time.sleep(delay)
-        child.kill()
-
-
-# --- the command line ---------------------------------------------------------------------------
-
-CLI_STEPS = 30
-CLI_SETTINGS: dict[str, Any] = {
-    "preset": "tiny",
-    "max_train_steps": CLI_STEPS,
-    "train_batch_size": 4,
-    "checkpointing_steps": 3,
-    "num_samples": 1,
-    "dropout": 0.1,
-    "mixed_precision": "no",
-}
-
-
-def command(*words: str) -> list[str]:
-    return arguments("-m", "undiffuse", "train", *words)
-
-
-def first_words(data: Path, run: Path) -> list[str]:
-    options = {
-        "--preset": "tiny",
-        "--max-train-steps": str(CLI_STEPS),
-        "--train-batch-size": "4",
-        "--checkpointing-steps": "3",
-        "--num-samples": "1",
-        "--dropout": "0.1",
-        "--mixed-precision": "no",
-    }
     options = {f"--{name.replace('_', '-')}": str(v) for name, v in CLI_SETTINGS.items()}
     flat = [word for pair in options.items() for word in pair]
     return command(str(data), "--output-dir", str(run), *flat)

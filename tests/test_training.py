@@ -1,5 +1,7 @@
 """The loop: averages, learning rates, batches as functions of position, guards, accumulation."""
 
+# pyright: basic
+
 import copy
 import itertools
 import math
@@ -148,7 +150,8 @@ def test_the_average_is_the_weighted_sum_of_all_weights() -> None:
     n, power = len(history), ema_gamma(config.ema_length) + 1
     shares = [(i / n) ** power - ((i - 1) / n) ** power for i in range(1, n + 1)]
     for name, average in state.ema.state_dict().items():
-        wanted = sum(share * weights[name] for share, weights in zip(shares, history, strict=True))
+        terms = [share * w[name] for share, w in zip(shares, history, strict=True)]
+        wanted = torch.stack(terms).sum(0)
         assert torch.allclose(average, wanted, rtol=0, atol=1e-13), name
     assert not state.ema.training
     assert not any(p.requires_grad for p in state.ema.parameters())
@@ -264,16 +267,16 @@ def test_a_recipe_without_classes_hears_no_labels() -> None:
 # --- accumulation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("parts", [2, 3, 4, 8])
 def test_accumulation_does_not_change_the_run(parts: int) -> None:
-    """In float64 to rounding, also where parts are uneven (8 pictures in 3 or 7 parts). Epsilon is
+    """In float64 to rounding, also where parts are uneven (8 pictures in 3 parts). Epsilon is
     large, since AdamW divides by sqrt(v) + epsilon: behind a layer that starts at zero the
     gradients are as small as their rounding errors, and would be blown up to whole updates."""
     config = replace(CONFIG, train_batch_size=8, label_dropout=0.5, adam_epsilon=1e-3)
     whole = run(config, unet().double(), source64)
     cut = run(replace(config, gradient_accumulation_steps=parts), unet().double(), source64)
-    for name, tensor in flat(whole).items():
-        assert torch.allclose(tensor, flat(cut)[name], rtol=0, atol=1e-12), name
+    for (name, one), other in zip(flat(whole).items(), flat(cut).values(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12), name
 
 
 def test_accumulation_counts_the_weighting_too() -> None:
@@ -367,8 +370,7 @@ def test_fewer_than_ten_in_a_row_do_not_end_it() -> None:
     """Nine bad, one good, over and over."""
     config = replace(CONFIG, max_train_steps=40, train_batch_size=1, lr_warmup_steps=0)
     state = state_of(config)
-    for report in train(state, poisoned(lambda p: p % 10 != 9), RECIPE, config):
-        last = report
+    *_, last = train(state, poisoned(lambda p: p % 10 != 9), RECIPE, config)
     assert float(last.skipped) == 36.0
     assert float(flat(state)["optim/layers.00_conv.weight/step"]) == 4.0
 
@@ -431,7 +433,9 @@ def test_an_untrained_net_has_a_loss_of_one_on_gaussian_pictures() -> None:
     ("recipe", "prediction"),
     [
         (RECIPE, KarrasPrecond()),
-        (Recipe(Cosine(), OnGrid(), classes=CLASSES), Velocity()),
+        pytest.param(
+            Recipe(Cosine(), OnGrid(), classes=CLASSES), Velocity(), marks=pytest.mark.slow
+        ),
         pytest.param(
             Recipe(Flow(), uniform_t, classes=CLASSES), FlowVelocity(), marks=pytest.mark.slow
         ),
@@ -448,7 +452,7 @@ def test_four_pictures_are_learned_by_heart(recipe: Recipe, prediction: Any) -> 
 
     net = unet(groups=4)
     config = TrainConfig(
-        max_train_steps=120, train_batch_size=8, learning_rate=1e-2, label_dropout=0.0
+        max_train_steps=240, train_batch_size=12, learning_rate=1e-2, label_dropout=0.0
     )
     state = TrainState(net, Denoiser(net, recipe.schedule, prediction), config)
     losses = [float(r.loss) for r in train(state, four, recipe, config)]

@@ -144,7 +144,7 @@ class ModelConfig(Checked):
     class_conditional: bool = option(True, "use class labels where the data have them")
     prediction_type: PredictionType = option(PredictionType.KARRAS, "what the network predicts")
     beta_schedule: BetaSchedule = option(BetaSchedule.KARRAS, "noise schedule")
-    num_train_timesteps: int = option(1000, "length of the beta tables", 2)
+    num_train_timesteps: int = option(1000, "length of the beta tables", 2, at_most=1_000_000)
     p_mean: float = option(-1.2, "mean of ln(sigma/alpha) in training (karras)")
     p_std: float = option(1.2, "deviation of ln(sigma/alpha) in training (karras)", above=0.0)
     snr_gamma: float | None = option(None, "min-SNR weighting (2303.09556); 5 is usual", above=0.0)
@@ -195,7 +195,7 @@ class LogConfig(Checked):
     checkpointing_steps: int = option(500, "steps between checkpoints", 1)
     checkpoints_total_limit: int = option(2, "checkpoints kept", 2)
     sample_every: int = option(500, "steps between sample grids and held-out losses", 1)
-    num_samples: int = option(16, "pictures in a sample grid", 1)
+    num_samples: int = option(16, "pictures in a sample grid", 1, at_most=10_000)
     report_to: Tracker = option(Tracker.NONE, "also log there")
 
 
@@ -204,7 +204,7 @@ class SampleConfig(Checked):
     """How pictures are generated."""
 
     num_images: int = option(16, "pictures", 1)
-    num_inference_steps: int = option(20, "steps of the sampler", 1)
+    num_inference_steps: int = option(20, "steps of the sampler", 1, at_most=10_000)
     sampler: SamplerName = option(SamplerName.DPMPP_2M, "the sampler")
     eta: float = option(0.0, "fresh noise in ddim: 0 none, 1 as ddpm", 0.0, at_most=1.0)
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none")

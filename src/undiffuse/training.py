@@ -7,6 +7,7 @@ yields what happened; the caller saves, draws and stops. Every random number is 
 
 import copy
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -326,7 +327,7 @@ def _load(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     try:
         net.load_state_dict(dict(tensors))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = textwrap.shorten(str(error), 200)
         raise CheckpointError(f"{what} does not fit this network: {reason}") from error
 
 

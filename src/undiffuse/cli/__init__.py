@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Output
-from undiffuse.cli._parser import Arguments, parse_arguments, wants
+from undiffuse.cli._parser import parse_arguments, wants
 from undiffuse.cli._signals import Terminated, listening, terminate
 from undiffuse.errors import ResourceError, UndiffuseError
 
@@ -63,18 +64,22 @@ def _report(error: Exception, out: Output) -> int:
         text = f"{error.filename}: {error.strerror}; name another place, or change its permissions"
         return out.error(ResourceError.exit_code, "ResourceError", text)
     reason = f"{type(error).__name__}: {error}"
-    kept = f"(traceback: {_keep_traceback(error)}); please report it"
+    kept = f"(traceback: {_keep_traceback(error, out.run)}); please report it"
     return out.error(1, type(error).__name__, f"a defect of undiffuse: {reason} {kept}")
 
 
 def _is_memory(error: Exception) -> bool:
     """Python's, a GPU's, or that of torch's allocator on the CPU; torch is not imported here."""
     names = {one.__name__ for one in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "not enough memory" in str(error)
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
-def _keep_traceback(error: Exception) -> Path:
+def _keep_traceback(error: Exception, run: Path | None) -> Path:
+    """In the run if there is one, else among the temporary files."""
     text = "".join(traceback.format_exception(error))
+    if run is not None and (run / "config.json").is_file():
+        (run / "crash.txt").write_text(text, encoding="utf-8")
+        return run / "crash.txt"
     with tempfile.NamedTemporaryFile(
         "w", prefix="undiffuse-crash-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:

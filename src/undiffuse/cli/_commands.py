@@ -1,85 +1,52 @@
-"""Each command by its name, and the two that need few words."""
+"""Each command, imported only when it runs: most need torch, and `--help` does not wait."""
 
-import os
-import platform
-from collections.abc import Callable, Iterator
-from importlib import metadata, util
-from pathlib import Path
-
-import torch
-
-from undiffuse import __version__, runs, runtime
-from undiffuse.cli._demo import demo
-from undiffuse.cli._describe import describe
-from undiffuse.cli._evaluate import evaluate
+from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Output
-from undiffuse.cli._parser import Arguments
-from undiffuse.cli._pictures import denoise, sample
-from undiffuse.cli._train import train
-from undiffuse.config import Device
-from undiffuse.errors import CheckpointError
 
-LIBRARIES = (
-    *("torch", "numpy", "scikit-learn", "pillow", "safetensors"),
-    *("jaxtyping", "tqdm", "matplotlib"),
-)
+
+def demo(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _demo
+
+    return _demo.demo(arguments, out)
+
+
+def train(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _train
+
+    return _train.train(arguments, out)
+
+
+def sample(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _pictures
+
+    return _pictures.sample(arguments, out)
+
+
+def denoise(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _pictures
+
+    return _pictures.denoise(arguments, out)
+
+
+def evaluate(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _evaluate
+
+    return _evaluate.evaluate(arguments, out)
+
+
+def describe(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _describe
+
+    return _describe.describe(arguments, out)
 
 
 def report(arguments: Arguments, out: Output) -> int:
-    """`undiffuse report`: one offline HTML page."""
-    run = Path(arguments.given["run"])
-    if run.is_file():
-        raise CheckpointError(
-            f"{run} is a file; a report needs a run folder that train has written"
-        )
-    output = arguments.given.get("output")
-    path = runs.write_report(run, None if output is None else Path(output))
-    out.say(str(path))
-    out.result("report", file=path.as_posix())
-    return 0
+    from undiffuse.cli import _about
+
+    return _about.report(arguments, out)
 
 
 def env(arguments: Arguments, out: Output) -> int:
-    """`undiffuse env`: what a bug report should say."""
-    del arguments
-    facts = dict(_facts())
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        out.say(f"{name.ljust(width)}  {value}")
-    out.result("env", **{name.replace("-", "_"): value for name, value in facts.items()})
-    return 0
+    from undiffuse.cli import _about
 
-
-def _facts() -> Iterator[tuple[str, str]]:
-    yield "undiffuse", __version__
-    yield "python", platform.python_version()
-    yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
-    yield from ((name, _version(name)) for name in LIBRARIES)
-    yield "cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    yield "threads", str(torch.get_num_threads())
-    yield "device", str(runtime.choose_device(Device.AUTO))
-    if torch.cuda.is_available():
-        yield "gpu", torch.cuda.get_device_name()
-    yield "tensorboard", _version("tensorboard")
-    if util.find_spec("torchvision"):
-        advice = "undiffuse does not need it; one that does not match torch breaks diffusers"
-        yield "torchvision", f"{_version('torchvision')} ({advice})"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-COMMANDS: dict[str, Callable[[Arguments, Output], int]] = {
-    "demo": demo,
-    "train": train,
-    "sample": sample,
-    "denoise": denoise,
-    "evaluate": evaluate,
-    "describe": describe,
-    "report": report,
-    "env": env,
-}
+    return _about.env(arguments, out)

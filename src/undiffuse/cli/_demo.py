@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from undiffuse import runs
+from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._evaluate import measure, print_figures
 from undiffuse.cli._output import Output, duration
-from undiffuse.cli._parser import Arguments
 from undiffuse.cli._train import run_training, say_files, say_next
 from undiffuse.config import RunConfig, TrainConfig, flatten, override
 from undiffuse.errors import ConfigError

@@ -7,8 +7,8 @@ from typing import Any
 
 from undiffuse import runs
 from undiffuse.cli import _options as options
+from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Bar, Output, table
-from undiffuse.cli._parser import Arguments
 from undiffuse.config import SampleConfig, changed
 from undiffuse.errors import ConfigError, QualityError
 
@@ -34,8 +34,7 @@ def measure(run: Path, chosen: runs.EvaluateOptions, out: Output) -> Body:
     """Measure a run under a progress bar; writes its evaluation.json."""
     model = runs.load(run, chosen.weights, chosen.checkpoint)
     options.check_memory(model, chosen.sampling.num_images, "num_samples:")
-    out.tell("measuring the loss beside exact bars, then sampling ...")
-    with Bar(out, runs.evaluation_steps(model, chosen.sampling), "sample") as bar:
+    with Bar(out, runs.evaluation_steps(model, chosen.sampling), "evaluate") as bar:
         return runs.evaluate_run(run, chosen, bar.advance).body
 
 

@@ -5,7 +5,8 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast
+from pathlib import Path
+from typing import Any, cast
 
 
 class Output:
@@ -14,6 +15,7 @@ class Output:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self.warnings: list[str] = []
+        self.run: Path | None = None  # where a defect leaves its traceback
 
     def say(self, text: str = "") -> None:
         """A line of the result."""
@@ -121,16 +123,16 @@ class Bar:
             dynamic_ncols=True,
         )
 
-    def advance(self, **facts: str) -> None:
+    def advance(self, facts: Mapping[str, str] | None = None) -> None:
         """One more is done; facts (loss, ...) stay until they change."""
         self.done += 1
         self.tqdm.update()
         if facts:
-            self.show(**facts)
+            self.show(facts)
         if self.plain and time.monotonic() - self.spoken > 10:
             self._speak()
 
-    def show(self, **facts: str) -> None:
+    def show(self, facts: Mapping[str, str]) -> None:
         """Change what stands beside the bar."""
         self.facts = {**self.facts, **facts}
         self.tqdm.set_postfix(self.facts)
@@ -145,7 +147,7 @@ class Bar:
     def close(self) -> None:
         self.tqdm.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *error: object) -> None:

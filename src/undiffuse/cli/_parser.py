@@ -5,13 +5,14 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, fields
 from enum import StrEnum
 from types import UnionType
-from typing import Any, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from undiffuse import __version__, config
-from undiffuse.cli._output import Output
+from undiffuse.cli import _commands as commands
+from undiffuse.cli._arguments import Arguments, Runner
 from undiffuse.errors import ConfigError
 
 # Other projects' words for ours; the first that the command has is suggested.
@@ -59,30 +60,13 @@ FOREIGN_COMMANDS = {
     "test": "evaluate",
     "version": "--version",
 }
+GLOBAL = ("json", "quiet", "debug")  # flags of every command, which `wants` looks for
 # argparse's sentences, and ours.
 _SENTENCES = (
     (r"the following arguments are required: (.+)", r"\1 is missing"),
     (r"argument (\S+): expected .*argument.*", r"\1 needs a value"),
     (r"argument (\S+): ignored explicit argument (.+)", r"\1 takes no value; got \2"),
 )
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What the user typed: the command and only those options that were given."""
-
-    command: str
-    run: "Callable[[Arguments, Output], int]"
-    given: dict[str, Any]
-
-    def section(self, section: config.SectionT) -> config.SectionT:
-        """The section's defaults with the typed options."""
-        return config.changed(section, self.given)
-
-    def settings(self, *sections: type) -> dict[str, object]:
-        """Those typed options that belong to the sections."""
-        names = {one.name for section in sections for one in fields(section)}
-        return {name: value for name, value in self.given.items() if name in names}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -125,16 +109,16 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         ConfigError: an unknown command or option, or a missing one.
         SystemExit: after `--help` and `--version`.
     """
-    parser, commands = _build()
+    parser, ours = _build()
     namespace, rest = parser.parse_known_args(list(_tidied(words)))
-    values = {k: v for k, v in vars(namespace).items() if v is not None}
+    values = {k: v for k, v in vars(namespace).items() if v is not None and k not in GLOBAL}
     command = values.pop("command", None)
     if rest:
-        commands.get(command or "", parser).unknown(rest)
+        ours.get(command or "", parser).unknown(rest)
     if command is None:
         parser.error("a command is missing: one of " + ", ".join(_COMMANDS))
     given = {name: _checked(name, value) for name, value in values.items()}
-    return Arguments(command, _runner(command), given)
+    return Arguments(command, _COMMANDS[command].run, given)
 
 
 def _unknown_command(word: str) -> str:
@@ -187,17 +171,6 @@ def _checked(name: str, value: Any) -> Any:
     return os.path.expanduser(value) if value.startswith("~/") else value
 
 
-def _runner(command: str) -> "Callable[[Arguments, Output], int]":
-    """Commands are imported only when they run: they need torch."""
-
-    def run(arguments: Arguments, out: Output) -> int:
-        from undiffuse.cli import _commands
-
-        return _commands.COMMANDS[command](arguments, out)
-
-    return run
-
-
 def _build() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the whole, and that of each command."""
     parser = _Parser(
@@ -209,31 +182,26 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         epilog="start with: undiffuse demo",
     )
     _add_global(parser)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    return parser, {name: _add_command(commands, name, *entry) for name, entry in _COMMANDS.items()}
+    place = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    return parser, {name: _add_command(place, name, entry) for name, entry in _COMMANDS.items()}
 
 
-def _add_command(
-    commands: Any,  # argparse's type of it has no public name
-    name: str,
-    words: str,
-    summary: str,
-    add: Callable[[argparse.ArgumentParser], None],
-) -> _Parser:
-    one = commands.add_parser(
+def _add_command(place: Any, name: str, command: "_Command") -> _Parser:
+    """place: argparse's type of it has no public name."""
+    one = place.add_parser(
         name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        usage=f"undiffuse {name} {words}[options]",
+        help=command.summary,
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        usage=f"undiffuse {name} {command.words}[options]",
         allow_abbrev=False,
     )
-    add(one)
+    command.add(one)
     _add_global(one)
     return one
 
 
 def _add_global(parser: argparse.ArgumentParser) -> None:
-    """Flags that `wants` looks for; here they are only known and explained."""
+    """The flags of `GLOBAL`, here only known and explained."""
     group = parser.add_argument_group("everywhere")
     for flags, text in (
         (("--json",), "result as one JSON line"),
@@ -383,17 +351,41 @@ def _add_nothing(parser: argparse.ArgumentParser) -> None:
     del parser
 
 
-_COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "demo": ("", "learn real digits, sample, evaluate, report: about two minutes", _add_demo),
-    "train": ("DATA ", "train a generator on a folder of pictures", _add_train),
-    "sample": ("RUN ", "generate pictures", _add_sample),
-    "denoise": ("RUN IMAGE ... ", "remove noise from pictures", _add_denoise),
-    "evaluate": ("RUN ", "measure a model against exact limits and real pictures", _add_evaluate),
-    "describe": (
+class _Command(NamedTuple):
+    run: Runner
+    words: str
+    summary: str
+    add: Callable[[argparse.ArgumentParser], None]
+
+
+_COMMANDS = {
+    "demo": _Command(
+        commands.demo,
+        "",
+        "learn real digits, sample, evaluate, report: about two minutes",
+        _add_demo,
+    ),
+    "train": _Command(
+        commands.train, "DATA ", "train a generator on a folder of pictures", _add_train
+    ),
+    "sample": _Command(commands.sample, "RUN ", "generate pictures", _add_sample),
+    "denoise": _Command(
+        commands.denoise, "RUN IMAGE ... ", "remove noise from pictures", _add_denoise
+    ),
+    "evaluate": _Command(
+        commands.evaluate,
+        "RUN ",
+        "measure a model against exact limits and real pictures",
+        _add_evaluate,
+    ),
+    "describe": _Command(
+        commands.describe,
         "[TARGET] ",
         "show a network op by op, a run, or a folder of pictures",
         _add_describe,
     ),
-    "report": ("RUN ", "write a run's report.html", _add_report),
-    "env": ("", "versions, devices and known traps, for a bug report", _add_nothing),
+    "report": _Command(commands.report, "RUN ", "write a run's report.html", _add_report),
+    "env": _Command(
+        commands.env, "", "versions, devices and known traps, for a bug report", _add_nothing
+    ),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from undiffuse import images, runs
 from undiffuse.checkpoint import Model
+from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._options import (
     Given,
     check_memory,
@@ -24,7 +25,6 @@ from undiffuse.cli._options import (
     place,
 )
 from undiffuse.cli._output import Bar, Output
-from undiffuse.cli._parser import Arguments
 from undiffuse.config import SampleConfig, SamplerName, changed
 from undiffuse.errors import ConfigError
 from undiffuse.noise import Stream, keyed_normal

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from undiffuse import runs
-from undiffuse.cli._parser import Arguments
+from undiffuse.cli._arguments import Arguments
 from undiffuse.config import RunConfig, override
 from undiffuse.errors import ConfigError
 

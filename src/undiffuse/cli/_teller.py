@@ -52,12 +52,12 @@ class Teller:
             self.bar = Bar(self.out, total, "train", report.step - 1)
         self.reports += 1
         facts = {"loss": f"{float(report.loss):.4f}"} if self.reports % LOSS_EVERY == 1 else {}
-        self.bar.advance(**facts)
+        self.bar.advance(facts)
 
     def _validated(self, event: runs.Validated) -> None:
         if self.bar is None or event.loss is None:
             return
-        self.bar.show(val=f"{event.loss:.4f}")
+        self.bar.show({"val": f"{event.loss:.4f}"})
         self.bar.write(f"step {event.step}: held-out loss {event.loss:.4f}, samples {event.grid}")
 
 

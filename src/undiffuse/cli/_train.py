@@ -1,18 +1,16 @@
 """`train`: a run's events, told as they happen."""
 
 import shlex
-import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from undiffuse import cost, images, runs
+from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Bar, Output, count_of, duration
-from undiffuse.cli._parser import Arguments
 from undiffuse.cli._request import training_request
 from undiffuse.cli._signals import Stop, listening
 from undiffuse.cli._teller import Teller
 from undiffuse.config import flatten
-from undiffuse.errors import UndiffuseError
 
 FINAL_IMAGES = 64
 FILM_IMAGES, FILM_STEPS = 8, 20
@@ -30,6 +28,7 @@ def run_training(
 ) -> int:
     """Tell the events of a run, draw its samples, and call `after` with the finished run."""
     stop, teller = Stop(), Teller(request, out)
+    out.run = request.run
     with listening(stop.handle, "SIGINT", "SIGTERM", "SIGHUP"):
         _follow(request, stop, teller)
     match teller.last:
@@ -49,19 +48,9 @@ def _follow(request: runs.Request, stop: Stop, teller: Teller) -> None:
             if isinstance(event, runs.Saved):
                 stop.saved_step = event.step
             teller.hear(event)
-    except UndiffuseError:
-        raise
-    except Exception:
-        _keep_crash(request.run)
-        raise
     finally:
         stop.running = False
         teller.close()
-
-
-def _keep_crash(run: Path) -> None:
-    if (run / "config.json").is_file():
-        (run / "crash.txt").write_text(traceback.format_exc(), encoding="utf-8")
 
 
 def _stopped(run: Path, step: int, stop: Stop, out: Output, command: str) -> int:

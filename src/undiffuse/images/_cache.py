@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -31,7 +31,8 @@ def save_cache(data: Data, folder: Path) -> None:
     fresh: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        fresh = folder.parent / f".{folder.name}.{uuid4().hex}"
+        fresh.mkdir()
         _fill(fresh, data)
         _swap(fresh, folder)
     except OSError as error:

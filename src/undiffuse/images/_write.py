@@ -91,7 +91,10 @@ def save_image(x: Shaped[Tensor, "c h w"], path: str | Path, bits: int = 8) -> N
 
 
 def save_film(
-    frames: Sequence[Float[Tensor, "b c h w"]], path: str | Path, milliseconds: int = 80
+    frames: Sequence[Float[Tensor, "b c h w"]],
+    path: str | Path,
+    milliseconds: int = 80,
+    columns: int | None = None,
 ) -> None:
     """Write an endless film, one grid per frame; the suffix chooses: .webp, .gif or .png.
 
@@ -101,7 +104,7 @@ def save_film(
     options = _options(Path(path), _MOVING)
     if not frames:
         raise DataError(f"a film needs at least one frame; {path} got 0")
-    first, *rest = (_image(grid(_enlarged(frame, None))) for frame in frames)
+    first, *rest = (_image(grid(_enlarged(frame, None), columns)) for frame in frames)
     times = [milliseconds] * len(rest) + [max(milliseconds, _LAST_FRAME)]
     moving = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}
     _write(Path(path), _encoded(first, options | moving))

@@ -111,9 +111,10 @@ def _labels(
     if not classes:
         raise ConfigError(f"label must be None: this model has no classes; got {label!r}")
     if labels.shape != (count,) or bool((labels < 0).any()) or bool((labels > most).any()):
+        found = f" from {int(labels.min())} to {int(labels.max())}" if labels.numel() else ""
         raise ConfigError(
-            f"label must be {count} numbers in 0 ... {most}; got {list(labels.shape)} numbers"
-            f" from {int(labels.min())} to {int(labels.max())}"
+            f"label must be {count} numbers in 0 ... {most};"
+            f" got {list(labels.shape)} numbers{found}"
         )
     return labels
 

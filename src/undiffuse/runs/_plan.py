@@ -126,11 +126,13 @@ def make_plan(request: Request) -> Plan:
     """Load the data, build the network, time a step; raise whatever stands in the way."""
     check_writable(request.run)
     resumed, notes = _resumed(request)
+    initial = load(request.init_from) if request.init_from and resumed is None else None
+    if resumed is None and initial is None:
+        _refuse_early(request.config)
     data = _load_data(request)
     if resumed is not None:
         notes += _check_same_data(request, data, resumed)
-    initial = load(request.init_from) if request.init_from and resumed is None else None
-    config, spec = _settle(request.config, data, initial)
+    config, spec = _settle(request.config, data, initial, resumed)
     _check_memory(spec, config, data.train.size)
     net = _build(spec, config.train.seed, initial)
     device = runtime.choose_device(config.runtime.device)
@@ -138,8 +140,8 @@ def make_plan(request: Request) -> Plan:
     example = _example(spec, config, data.train.size)
     chosen = _choose_runtime(config, net, example, resumed)
     part_seconds = runtime.step_seconds(net, *example, chosen.bf16, repeats=1)
-    schedule = _schedule(config.model)
-    prediction = _prediction(config.model, data)
+    schedule, prediction = _meaning(config.model, data, resumed)
+    notes += _meaning_notes(initial, schedule, prediction)
     return Plan(
         request=request,
         config=config,
@@ -174,14 +176,18 @@ def resumed_config(run: Path, stored: RunConfig, changes: Mapping[str, object]) 
         CheckpointError: a change would make another model.
     """
     config = override(stored, changes)
-    before, after = flatten(stored), flatten(config)
+    _check_fixed(run, flatten(stored), flatten(config))
+    return config
+
+
+def _check_fixed(run: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     for name in FIXED:
-        if before[name] != after[name]:
+        unnamed = name == "preset" and after[name] is None
+        if not unnamed and before.get(name) != after[name]:
             raise CheckpointError(
-                f"{name} is {after[name]} here, {before[name]} in {run};"
+                f"{name} is {after[name]} here, {before.get(name)} in {run};"
                 " a changed model is a new run: drop --resume-from-checkpoint"
             )
-    return config
 
 
 def changes_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
@@ -198,12 +204,15 @@ def _resumed(request: Request) -> tuple[Loaded | None, tuple[str, ...]]:
     if request.resume is None:
         _refuse_used(request.run, checkpoints)
         return None, ()
+    if request.resume != "latest" and not request.resume.isdecimal():
+        raise ConfigError(f"resume must be latest or a step; got {request.resume!r}")
     if not checkpoints.steps():
         if request.resume != "latest":
             raise CheckpointError(f"{request.run} has no checkpoint of step {request.resume}")
         return None, (f"{request.run} has no checkpoint yet: starting at step 0",)
     step = None if request.resume == "latest" else int(request.resume)
     loaded, rejected = checkpoints.read(step)
+    _check_fixed(request.run, _table(loaded, "config"), flatten(request.config))
     changed = changes_between(_table(loaded, "config"), flatten(request.config))
     accepted = tuple(f"from step {loaded.step} on: {change}" for change in changed)
     return loaded, (*rejected, *accepted, *_environment_notes(loaded))
@@ -292,21 +301,52 @@ def names_of(data: images.Data) -> list[str]:
 
 
 def _settle(
-    config: RunConfig, data: images.Data, initial: Model | None
+    config: RunConfig, data: images.Data, initial: Model | None, resumed: Loaded | None
 ) -> tuple[RunConfig, UNetSpec]:
     """Settle the preset, which the pictures' size decides where nobody named one."""
-    name = config.model.preset or ("tiny" if max(data.train.size) <= TINY_UP_TO else "light")
-    settled = replace(config, model=replace(config.model, preset=name))
     classes = _classes(config.model, data)
-    if initial is None:
-        spec = preset(name, data.train.channels, classes, dropout=config.model.dropout)
-        return settled, spec
-    return settled, _initial_spec(initial, data, classes)
+    if resumed is not None:
+        name = str(_table(resumed, "config")["preset"])
+        spec = _resumed_spec(resumed, data, classes)
+    elif initial is not None:
+        name = _preset_name(config.model, data.train.size)
+        spec = _initial_spec(initial, data, classes)
+    else:
+        name = _preset_name(config.model, data.train.size)
+        spec = preset(name, data.train.channels, classes)
+    settled = replace(config, model=replace(config.model, preset=name))
+    return settled, replace(spec, style=replace(spec.style, dropout=config.model.dropout))
+
+
+def _preset_name(config: ModelConfig, size: tuple[int, int]) -> str:
+    return config.preset or ("tiny" if max(size) <= TINY_UP_TO else "light")
+
+
+def _refuse_early(config: RunConfig) -> None:
+    """What would fail for any pictures of this size, before they are decoded."""
+    size = config.data.resolution
+    if size is not None:
+        _check_memory(preset(_preset_name(config.model, size), 1), config, size)
+    elif config.model.preset is not None:
+        preset(config.model.preset)
 
 
 def _classes(config: ModelConfig, data: images.Data) -> int:
     labelled = config.class_conditional and data.train.labels is not None
     return len(data.train.class_names) if labelled else 0
+
+
+def _resumed_spec(resumed: Loaded, data: images.Data, classes: int) -> UNetSpec:
+    """The checkpoint's own network: --init-from may have brought one that no preset names."""
+    spec, before = resumed.header.spec, resumed.header.pictures
+    was = (before.channels, before.height, before.width, spec.classes)
+    now = (data.train.channels, *data.train.size, classes)
+    if was != now:
+        raise CheckpointError(
+            f"pictures are {now} (channels, height, width, classes) here, {was} in step"
+            f" {resumed.step}; a changed model is a new run: drop --resume-from-checkpoint"
+        )
+    return spec
 
 
 def _initial_spec(initial: Model, data: images.Data, classes: int) -> UNetSpec:
@@ -342,10 +382,10 @@ def _build(spec: UNetSpec, seed: int, initial: Model | None) -> UNet:
         torch.manual_seed(int(keyed(seed, Stream.WEIGHTS, 0).integers(2**63)))
         net = UNet(spec)
     if initial is not None:
-        kept = dict(initial.net.state_dict())
-        if spec != initial.spec:  # another label table: its rows start afresh
+        kept, same = dict(initial.net.state_dict()), spec.classes == initial.spec.classes
+        if not same:  # another label table: its rows start afresh
             kept = {k: v for k, v in kept.items() if not k.startswith("embedding.labels")}
-        net.load_state_dict(kept, strict=spec == initial.spec)
+        net.load_state_dict(kept, strict=same)
     return net
 
 
@@ -364,6 +404,29 @@ def _example(spec: UNetSpec, config: RunConfig, size: tuple[int, int]) -> Exampl
     part = _part_size(config)
     label = torch.zeros(part, dtype=torch.int64) if spec.classes else None
     return (part, spec.in_channels, *size), label
+
+
+def _meaning(
+    config: ModelConfig, data: images.Data, resumed: Loaded | None
+) -> tuple[Schedule, Prediction]:
+    """What the output means; a checkpoint's sigma_data stays, even if the pictures changed."""
+    if resumed is not None:
+        return resumed.header.schedule, resumed.header.prediction
+    return _schedule(config), _prediction(config, data)
+
+
+def _meaning_notes(
+    initial: Model | None, schedule: Schedule, prediction: Prediction
+) -> tuple[str, ...]:
+    """Other outputs than the initial weights were made for have to be learned anew."""
+    if initial is None:
+        return ()
+    before = (type(initial.denoiser.prediction), type(initial.denoiser.schedule))
+    now = (type(prediction), type(schedule))
+    if before == now:
+        return ()
+    words = [f"{one.__name__} on {other.__name__}" for one, other in (before, now)]
+    return (f"init_from predicts {words[0]}, this run {words[1]}: see --prediction-type",)
 
 
 def _schedule(config: ModelConfig) -> Schedule:

@@ -172,7 +172,7 @@ class _MemoryAdvice:
 
 
 def _is_cpu_memory(error: object) -> bool:
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 _memory_advice = _MemoryAdvice
