@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.noise import Schedule
 from undiffuse.spec import (
     Act,
@@ -98,6 +98,7 @@ def save(figure: "Figure", path: str | Path) -> None:
 
     Raises:
         ConfigError: the suffix is neither .svg nor .png.
+        ResourceError: the place cannot be written.
     """
     path = Path(path)
     writers: dict[str, Callable[[Figure], bytes]] = {
@@ -107,7 +108,11 @@ def save(figure: "Figure", path: str | Path) -> None:
     writer = writers.get(path.suffix.lower())
     if writer is None:
         raise ConfigError(f"a drawing is saved as .svg or .png; got {path.name!r}: change its end")
-    path.write_bytes(writer(figure))
+    content = writer(figure)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror}; choose another") from error
 
 
 # --- the U: where everything stands (inches; y grows upwards) ------------------------------------

@@ -47,7 +47,7 @@ def classifier_free(denoiser: Labelled, label: Int[Tensor, "b"] | None, scale: f
     """Classifier-free guidance (2207.12598) with the network's own null label."""
     if label is None and scale != 1.0:
         raise ConfigError(
-            f"guidance_scale {scale:g} needs class labels; pass class_label, or scale 1"
+            f"guidance_scale {scale:g} needs class labels; pass labels, a weaker model, or scale 1"
         )
     return guided(with_label(denoiser, label), with_label(denoiser, None), scale)
 

@@ -94,6 +94,7 @@ class TrainState:
         self.optimizer = _optimizer(self.parameters, config)
         self.skipped = torch.zeros((), device=self.device)
         self.skipped_in_row = torch.zeros((), device=self.device)
+        self.longest_row = torch.zeros((), device=self.device)
 
     def advance(self, loss: Tensor) -> StepReport:
         """Clip, update, average; leave everything alone if loss or gradient is not finite."""
@@ -105,6 +106,7 @@ class TrainState:
         self._average()
         self.skipped += bad
         self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        self.longest_row = torch.maximum(self.longest_row, self.skipped_in_row)
         self._check_progress(learning_rate)
         return StepReport(self.step, loss, norm, self.skipped.clone(), learning_rate)
 
@@ -124,9 +126,10 @@ class TrainState:
         torch._foreach_lerp_(averages, newest, weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportCallIssue, reportArgumentType] # as torch's own EMA does; no public name
 
     def _check_progress(self, learning_rate: float) -> None:
-        if self.step % MAX_BAD_STEPS == 0 and float(self.skipped_in_row) >= MAX_BAD_STEPS:
+        # Looked at every few steps only: reading a number makes a GPU wait.
+        if self.step % MAX_BAD_STEPS == 0 and float(self.longest_row) >= MAX_BAD_STEPS:
             raise DivergedError(
-                f"loss or gradient not finite for {int(self.skipped_in_row)} updates in a row at"
+                f"loss or gradient not finite for {int(self.longest_row)} updates in a row before"
                 f" step {self.step} (learning_rate {learning_rate:.3g});"
                 " try a lower --learning-rate or --mixed-precision no"
             )

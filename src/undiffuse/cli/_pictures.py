@@ -46,7 +46,7 @@ def sample(arguments: Arguments, out: Output) -> int:
     check_memory(model, config.num_images, "num_images:")
     label = runs.parse_labels(model, config.class_label, config.num_images)
     frames: list[Tensor] = []
-    make = partial(runs.generate, model, label=label, sampler=sampler, weak=_weak(given, model))
+    make = partial(runs.generate, model, label=label, sampler=sampler, weak=_weak(given))
     with Bar(out, _sampler_steps(config), "sample") as bar:
         pictures = _generate(make, config, _watch(bar, frames, config, film is not None))
     if label is None:
@@ -85,19 +85,10 @@ def _watch(
     return on_step
 
 
-def _weak(given: Given, model: Model) -> Model | None:
-    """The weaker model of --autoguidance; it must make the same kind of pictures."""
+def _weak(given: Given) -> Model | None:
     if "autoguidance" not in given:
         return None
-    weak = place(runs.load(given["autoguidance"]), device(given))
-    for name in ("height", "width", "channels", "class_names"):
-        ours, theirs = getattr(model.pictures, name), getattr(weak.pictures, name)
-        if ours != theirs:
-            raise ConfigError(
-                f"autoguidance {given['autoguidance']} has {name} {theirs}, {given['run']} has"
-                f" {ours}; guide with a model of the same pictures"
-            )
-    return weak
+    return place(runs.load(given["autoguidance"]), device(given))
 
 
 def _sampler(config: SampleConfig) -> Sampler:

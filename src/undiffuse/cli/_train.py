@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from undiffuse import cost, images, runs
+from undiffuse.checkpoint import Model
 from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Bar, Output, count_of, duration
 from undiffuse.cli._request import training_request
@@ -12,7 +13,7 @@ from undiffuse.cli._signals import Stop, listening
 from undiffuse.cli._teller import Teller
 from undiffuse.config import flatten
 
-FINAL_IMAGES = 64
+FINAL_IMAGES, FINAL_PIXELS = 64, 2**16
 FILM_IMAGES, FILM_STEPS = 8, 20
 SAMPLE_STEPS = 20
 
@@ -63,17 +64,28 @@ def _stopped(run: Path, step: int, stop: Stop, out: Output, command: str) -> int
 
 def _final_samples(run: Path, out: Output) -> None:
     model = runs.load(run)
+    count, columns = _final_grid(model)
     with Bar(out, SAMPLE_STEPS + FILM_STEPS, "sample") as bar:
         pictures = runs.generate(
             model,
-            FINAL_IMAGES,
+            count,
             num_inference_steps=SAMPLE_STEPS,
-            batch_size=FINAL_IMAGES,
+            batch_size=count,
             on_step=lambda step: bar.advance(),
         )
-        images.save_grid(pictures, run / "samples" / "final.png")
+        images.save_grid(pictures, run / "samples" / "final.png", columns)
         film = runs.film(model, FILM_IMAGES, frames=FILM_STEPS)
-        images.save_film(film, run / "samples" / "film.webp")
+        images.save_film(film, run / "samples" / "film.webp", columns=FILM_IMAGES // 2)
+
+
+def _final_grid(model: Model) -> tuple[int, int | None]:
+    """How many pictures, in how many columns: fewer of large ones, a column per class if few."""
+    pixels = model.pictures.height * model.pictures.width
+    count = min(FINAL_IMAGES, max(FILM_IMAGES, FINAL_PIXELS // pixels))
+    classes = model.spec.classes
+    if 2 <= classes <= count:
+        return classes * max(1, count // classes), classes if classes > 4 else None
+    return count, None
 
 
 def _result(request: runs.Request, finished: runs.Finished, out: Output) -> int:

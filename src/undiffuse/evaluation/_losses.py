@@ -421,7 +421,7 @@ def _verdict(
     apart = f"training error lies below held-out error by {share:.0%} of what a copy of the set has"
     if share >= 0.5:
         return "memorises", f"{apart}; {score}"
-    if share >= 0.1 and surely:
+    if share >= 0.1 and surely and beaten:
         return "overfits", f"{apart}; {score}"
     if len(beaten) == len(levels):
         return "learned", f"{score}, training error about equal"

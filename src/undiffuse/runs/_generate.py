@@ -47,6 +47,8 @@ def generate(
     """
     if count < 1 or batch_size < 1:
         raise ConfigError(f"count and batch_size must be at least 1; got {count}, {batch_size}")
+    if weak is not None:
+        _check_weak(model, weak)
     labels = _labels(model, label, count)
     run = SAMPLERS[_known(sampler)] if isinstance(sampler, str) else sampler
     batches = (range(i, min(i + batch_size, count)) for i in range(0, count, batch_size))
@@ -117,6 +119,16 @@ def _labels(
             f" got {list(labels.shape)} numbers{found}"
         )
     return labels
+
+
+def _check_weak(model: Model, weak: Model) -> None:
+    for name in ("height", "width", "channels", "class_names"):
+        ours, theirs = getattr(model.pictures, name), getattr(weak.pictures, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"the autoguidance model has {name} {theirs}, the guided one has {ours};"
+                " guide with a model of the same pictures"
+            )
 
 
 def _known(sampler: str) -> str:

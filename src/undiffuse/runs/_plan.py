@@ -132,6 +132,8 @@ def make_plan(request: Request) -> Plan:
     data = _load_data(request)
     if resumed is not None:
         notes += _check_same_data(request, data, resumed)
+        if request.init_from:
+            notes += (f"init_from is not used: going on from step {resumed.step}",)
     config, spec = _settle(request.config, data, initial, resumed)
     _check_memory(spec, config, data.train.size)
     net = _build(spec, config.train.seed, initial)

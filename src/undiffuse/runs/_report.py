@@ -1,5 +1,6 @@
 """One HTML page per run, from what its folder holds."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,10 @@ def write_report(run: str | Path, output: Path | None = None) -> Path:
 
 def next_commands(run: Path) -> tuple[tuple[str, str], ...]:
     """The three things to do with a run."""
+    place = shlex.quote(str(run))
     return (
-        (f"undiffuse sample {run} -n 64 --seed 1", "make other pictures"),
-        (f"undiffuse evaluate {run}", "measure it again, or with other settings"),
+        (f"undiffuse sample {place} -n 64 --seed 1", "make other pictures"),
+        (f"undiffuse evaluate {place}", "measure it again, or with other settings"),
         ("undiffuse train path/to/images --resolution 64", "learn pictures of your own"),
     )
 

@@ -4,8 +4,10 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,7 @@ def training_run(request: Request, stop: Stop = lambda: False) -> Iterator[Event
     Raises:
         UndiffuseError: before the first file is written, for everything that can be known then.
     """
+    _check_tracker(request.config)
     with _memory_advice(request.config):
         plan = make_plan(request)
         yield Planned(plan)
@@ -152,30 +155,25 @@ def training_run(request: Request, stop: Stop = lambda: False) -> Iterator[Event
             yield from _Run(plan).events(stop)
 
 
-class _MemoryAdvice:
-    """Turns running out of memory into advice; everything else passes."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or _is_cpu_memory(error):
-            size = self.config.train.train_batch_size
-            parts = self.config.train.gradient_accumulation_steps * 2
-            raise ResourceError(
-                f"out of memory at train_batch_size {size}; try"
-                f" --gradient-accumulation-steps {min(parts, size)} (same gradient, less memory)"
-            ) from None
+@contextmanager
+def _memory_advice(config: RunConfig) -> Generator[None]:
+    """Turn running out of memory into advice; everything else passes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        size, parts = config.train.train_batch_size, config.train.gradient_accumulation_steps
+        raise ResourceError(
+            f"out of memory at train_batch_size {size}; try"
+            f" --gradient-accumulation-steps {min(2 * parts, size)} (same gradient, less memory)"
+        ) from error
 
 
-def _is_cpu_memory(error: object) -> bool:
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-_memory_advice = _MemoryAdvice
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "DefaultCPUAllocator" in str(error)  # the CPU has no exception type of its own
+    )
 
 
 @dataclass
@@ -363,13 +361,16 @@ def _tracker(plan: Plan) -> Track:
     return _tensorboard(plan.folder)
 
 
-def _tensorboard(folder: RunFolder) -> Track:
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError:
+def _check_tracker(config: RunConfig) -> None:
+    if config.log.report_to is Tracker.TENSORBOARD and find_spec("tensorboard") is None:
         raise ConfigError(
             'report_to tensorboard needs an extra: pip install "undiffuse[tensorboard]"'
-        ) from None
+        )
+
+
+def _tensorboard(folder: RunFolder) -> Track:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
     writer = SummaryWriter(str(folder.path / "tensorboard"))
 
     def track(line: dict[str, Any]) -> None:
