@@ -629,7 +629,7 @@ def test_the_demo_and_the_demo_again(
 
 def test_the_demo_measures_as_evaluate_does() -> None:
     assert runs.EvaluateOptions() == _demo.MEASURED
-    assert replace(_demo.MEASURED.sampling, num_images=16, batch_size=64) == SampleConfig()
+    assert replace(_demo.MEASURED.sampling, batch_size=64) == SampleConfig()
 
 
 # --- describe, env ------------------------------------------------------------------------------

@@ -575,3 +575,24 @@ def test_summary_of_nothing() -> None:
     body = summary(None, None)
     assert body["figures"] == body["levels"] == []
     assert body["verdict"] is None
+
+
+@pytest.mark.parametrize(("labelled", "null"), [(False, True), (True, True), (True, False)])
+def test_progress_counts_every_picture_and_ends_at_the_total(labelled: bool, null: bool) -> None:
+    x0 = torch.linspace(-1, 1, 12 * 4).reshape(12, 1, 2, 2)
+    split = Split(x0, torch.arange(12) % 2)
+    seen: list[tuple[int, int]] = []
+    denoiser = Denoiser(lambda x, t, label: torch.zeros_like(x), Karras(), KarrasPrecond())
+    loss_by_level(
+        denoiser,
+        split,
+        split.at(slice(0, 5)),
+        draws=2,
+        batch_size=3,
+        ratios=(0.1, 1.0),
+        labelled=labelled,
+        null=null,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1][0] == seen[-1][1] == 2 * 2 * (5 * (labelled + null) + 5)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})

@@ -8,7 +8,7 @@ from typing import Any
 from undiffuse import runs
 from undiffuse.cli import _options as options
 from undiffuse.cli._arguments import Arguments
-from undiffuse.cli._output import Bar, Output, table
+from undiffuse.cli._output import Bars, Output, table
 from undiffuse.config import SampleConfig, changed
 from undiffuse.errors import ConfigError, QualityError
 
@@ -31,21 +31,23 @@ def evaluate(arguments: Arguments, out: Output) -> int:
 
 
 def measure(run: Path, chosen: runs.EvaluateOptions, out: Output) -> Body:
-    """Measure a run under a progress bar; writes its evaluation.json."""
+    """Measure a run under a progress bar for each part; writes its evaluation.json."""
     model = runs.load(run, chosen.weights, chosen.checkpoint)
-    options.check_memory(model, chosen.sampling.num_images, "num_samples:")
-    with Bar(out, runs.evaluation_steps(model, chosen.sampling), "evaluate") as bar:
-        return runs.evaluate_run(run, chosen, bar.advance).body
+    count = runs.sample_count(model, chosen.num_samples)
+    options.check_memory(model, count, "num_samples:")
+    with Bars(out) as bars:
+        return runs.evaluate_run(run, chosen, bars.reach).body
 
 
 def _evaluate_options(arguments: Arguments) -> runs.EvaluateOptions:
     given, defaults = arguments.given, runs.EvaluateOptions()
-    sampling = changed(defaults.sampling, arguments.settings(SampleConfig))
-    count = options.whole("num_samples", given.get("num_samples", sampling.num_images), 1)
     return replace(
         defaults,
-        sampling=replace(sampling, num_images=count),
-        draws=options.whole("draws", given.get("draws", defaults.draws), 1),
+        sampling=changed(defaults.sampling, arguments.settings(SampleConfig)),
+        num_samples=options.whole("num_samples", given["num_samples"], 1)
+        if "num_samples" in given
+        else None,
+        draws=options.whole("draws", given["draws"], 1) if "draws" in given else None,
         data=given.get("data"),
         weights=options.weights(given),
         checkpoint=options.checkpoint(given),

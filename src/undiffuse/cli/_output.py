@@ -123,10 +123,10 @@ class Bar:
             dynamic_ncols=True,
         )
 
-    def advance(self, facts: Mapping[str, str] | None = None) -> None:
-        """One more is done; facts (loss, ...) stay until they change."""
-        self.done += 1
-        self.tqdm.update()
+    def advance(self, facts: Mapping[str, str] | None = None, by: int = 1) -> None:
+        """One more (or `by` more) is done; facts (loss, ...) stay until they change."""
+        self.done += by
+        self.tqdm.update(by)
         if facts:
             self.show(facts)
         if self.plain and time.monotonic() - self.spoken > 10:
@@ -159,3 +159,28 @@ class Bar:
         left = duration((self.total - self.done) / rate)
         facts = "".join(f" {name} {value}" for name, value in self.facts.items())
         self.out.tell(f"{self.what} {self.done}/{self.total}{facts} ETA {left}")
+
+
+class Bars:
+    """One bar after another, each begun when its part of the work begins."""
+
+    def __init__(self, out: Output) -> None:
+        self.out = out
+        self.bar: Bar | None = None
+
+    def reach(self, what: str, done: int, total: int) -> None:
+        """So much of `what` is done."""
+        if self.bar is None or self.bar.what != what:
+            self.close()
+            self.bar = Bar(self.out, total, what)
+        self.bar.advance(by=done - self.bar.done)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -318,8 +318,14 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("--data", metavar="DATA", help="(default: the run's own)")
-    parser.add_argument("--num-samples", metavar="N", help="pictures to judge (default: 1000)")
-    parser.add_argument("--draws", metavar="N", help="noise draws per picture (default: 4)")
+    parser.add_argument(
+        "--num-samples",
+        metavar="N",
+        help="pictures to judge (default: 1000 up to 16x16, fewer of larger ones, at least 100)",
+    )
+    parser.add_argument(
+        "--draws", metavar="N", help="noise draws per held-out picture (default: by size, up to 4)"
+    )
     without = ("num_images", "eta", "class_label")
     _add_section(parser, config.SampleConfig, *without)
     parser.add_argument(

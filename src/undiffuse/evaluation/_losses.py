@@ -1,7 +1,7 @@
 """A denoiser's error per noise level, beside exact bars on the same pictures and noise."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +24,9 @@ FEW_HELD_OUT = 50
 RESAMPLES = 1000
 TRAIN_OFFSET = 1 << 32  # training pictures get noise of their own
 MEMORY_BELOW = 1.2  # above this ratio memorised and learned look alike
+
+
+Progress = Callable[[int, int], None]  # (pictures denoised, in all)
 
 
 @runtime_checkable
@@ -113,6 +116,7 @@ def loss_by_level(
     labelled: bool = False,
     null: bool = True,
     device: torch.device | str = "cpu",
+    progress: Progress = lambda done, total: None,
 ) -> LevelReport:
     """Held-out error per noise level beside Wiener, kernel-density and class-mixture bars.
 
@@ -129,6 +133,7 @@ def loss_by_level(
         null: it may be called without label. Without null it is judged with labels, and its bar
             may use them too.
         device: where the denoiser is called; all else is computed on the CPU.
+        progress: called with how many pictures the denoiser has seen, and will see in all.
 
     Raises:
         ConfigError: `draws` or `batch_size` is below 1, no ratio is left, or the denoiser needs
@@ -144,10 +149,27 @@ def loss_by_level(
     limit = min(MOST_PICTURES, max(FEWEST, MOST_VALUES // train.x0[0].numel()))
     unseen = at_most(held_out, limit, seed, tag=11)
     known = at_most(bars.pictures, len(unseen), seed, tag=12)
-    models = _models(denoiser, batch_size, device, labelled and unseen.label is not None, null)
+    labels = labelled and unseen.label is not None
+    total = len(levels) * draws * (len(unseen) * (int(labels) + int(null)) + len(known))
+    watched = _watched(denoiser, total, progress)
+    models = _models(watched, batch_size, device, labels, null)
     job = _Job(models, bars, known, unseen, draws, seed)
     measured = [_measure(job, place, level) for place, level in enumerate(levels)]
     return _report(job, measured, _notes(job, len(held_out), len(ratios) - len(levels)))
+
+
+def _watched(denoiser: LevelDenoiser, total: int, progress: Progress) -> Estimate:
+    """The denoiser, counting the pictures it is given."""
+    done = 0
+
+    def watched(x: Tensor, level: NoiseLevel, label: Tensor | None) -> Tensor:
+        nonlocal done
+        estimate = denoiser(x, level, label)
+        done += len(x)
+        progress(done, total)
+        return estimate
+
+    return watched
 
 
 def _check(
@@ -197,7 +219,7 @@ def _notes(job: "_Job", held_out: int, out_of_range: int) -> tuple[str, ...]:
 
 
 def _models(
-    denoiser: LevelDenoiser, batch_size: int, device: torch.device | str, labels: bool, null: bool
+    denoiser: Estimate, batch_size: int, device: torch.device | str, labels: bool, null: bool
 ) -> dict[str, Estimate]:
     """ "plain" and "labelled", as far as the denoiser offers them; the first is the judged one."""
 

@@ -6,7 +6,7 @@ The four-line road in Python and the command line both stand on these functions:
     pictures = undiffuse.generate(model, 16, seed=0)
 """
 
-from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, evaluation_steps
+from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, sample_count
 from undiffuse.runs._folder import RunFolder, check_writable, stored_config
 from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
 from undiffuse.runs._load import list_models, load, missing_run
@@ -41,7 +41,6 @@ __all__ = [
     "Validated",
     "check_writable",
     "evaluate_run",
-    "evaluation_steps",
     "film",
     "fit",
     "generate",
@@ -52,6 +51,7 @@ __all__ = [
     "next_commands",
     "parse_labels",
     "resumed_config",
+    "sample_count",
     "stored_config",
     "training_run",
     "write_report",

@@ -1,7 +1,8 @@
 """Numbers about a run: its losses beside exact bars, its samples beside real pictures."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ from undiffuse.runs._folder import RunFolder, stored_config, write_json
 from undiffuse.runs._generate import generate, labels_in_turn
 from undiffuse.runs._load import load
 from undiffuse.runs._plan import data_options
+from undiffuse.sampling import Step
 
 TRAIN_MOST = 5000  # training pictures that the measures use
+
+
+# Defaults that keep an evaluation to minutes on a laptop: the time goes with pixels.
+SAMPLED_PIXELS, FEWEST_SAMPLES, MOST_SAMPLES = 2**18, 100, 1000
+DENOISED_VALUES, MOST_DRAWS = 2**18, 4
+
+Progress = Callable[[str, int, int], None]  # (what is done, how much of it, of how much)
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What to measure, and how much of it."""
 
-    sampling: SampleConfig = SampleConfig(num_images=1000, batch_size=250)
-    draws: int = 4
+    num_samples: int | None = None  # None: 1000 pictures of 16x16, fewer of larger ones
+    draws: int | None = None  # of noise per held-out picture; None: up to 4, fewer of large data
+    sampling: SampleConfig = SampleConfig(batch_size=250)  # its num_images is not used
     data: str | None = None  # instead of the run's own
     weights: Weights = Weights.EMA
     checkpoint: int | None = None
@@ -44,7 +54,7 @@ class Evaluated:
 def evaluate_run(
     path: str | Path,
     options: EvaluateOptions = EvaluateOptions(),  # frozen
-    on_step: Callable[[], None] = lambda: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Evaluated:
     """Measure a run (or a model file with `options.data`) and write its evaluation.json.
 
@@ -57,28 +67,52 @@ def evaluate_run(
     model = load(path, options.weights, options.checkpoint)
     runtime.move(model.net, runtime.choose_device(options.device))
     train, held_out = _splits(_data(path, model, options), model)
-    losses = evaluation.loss_by_level(
+    sampling = replace(options.sampling, num_images=sample_count(model, options.num_samples))
+    losses = _losses(model, train, held_out, options, partial(progress, "losses"))
+    samples = _samples(model, sampling, partial(progress, "samples"))
+    quality = evaluation.sample_quality(
+        evaluation.Split(samples, labels_in_turn(model, len(samples))),
+        train,
+        held_out,
+        seed=sampling.seed,
+    )
+    body = evaluation.summary(losses, quality) | {"sampling": _described(sampling, model)}
+    neighbours = _pairs(samples, train.x0, quality)
+    if path.is_dir():
+        write_json(RunFolder(path).evaluation, body)
+        if neighbours is not None:
+            images.save_grid(neighbours, RunFolder(path).samples / "neighbours.png", columns=8)
+    return Evaluated(body, samples, neighbours)
+
+
+def sample_count(model: Model, asked: int | None) -> int:
+    """How many pictures to judge: as asked or by their size, and as many of every class."""
+    pixels = model.pictures.height * model.pictures.width
+    fitting = min(MOST_SAMPLES, max(FEWEST_SAMPLES, SAMPLED_PIXELS // pixels))
+    classes = max(1, model.spec.classes)
+    return -(-(asked or fitting) // classes) * classes
+
+
+def _losses(
+    model: Model,
+    train: evaluation.Split,
+    held_out: evaluation.Split,
+    options: EvaluateOptions,
+    progress: Callable[[int, int], None],
+) -> evaluation.LevelReport:
+    fitting = DENOISED_VALUES // max(1, held_out.x0.numel())
+    draws = min(MOST_DRAWS, max(1, fitting)) if options.draws is None else options.draws
+    return evaluation.loss_by_level(
         model.denoiser,  # pyright: ignore[reportArgumentType] # its own protocol
         train,
         held_out,
-        draws=options.draws,
+        draws=draws,
         seed=options.sampling.seed,
         labelled=model.spec.classes > 0 and train.label is not None,
         null=model.spec.classes == 0 or model.spec.style.embedding.null,
         device=next(model.net.parameters()).device,
+        progress=progress,
     )
-    samples = _samples(model, options.sampling, on_step)
-    label = labels_in_turn(model, len(samples))
-    quality = evaluation.sample_quality(
-        evaluation.Split(samples, label), train, held_out, seed=options.sampling.seed
-    )
-    body = evaluation.summary(losses, quality) | {"sampling": _described(options.sampling, model)}
-    if path.is_dir():
-        write_json(RunFolder(path).evaluation, body)
-        neighbours = _pairs(samples, train.x0, quality)
-        if neighbours is not None:
-            images.save_grid(neighbours, RunFolder(path).samples / "neighbours.png", columns=8)
-    return Evaluated(body, samples, _pairs(samples, train.x0, quality))
 
 
 def _data(path: Path, model: Model, options: EvaluateOptions) -> images.Data:
@@ -116,10 +150,15 @@ def _splits(data: images.Data, model: Model) -> tuple[evaluation.Split, evaluati
     )
 
 
-def _samples(model: Model, config: SampleConfig, on_step: Callable[[], None]) -> Tensor:
-    count = config.num_images
-    if model.spec.classes:  # as many of every class
-        count = -(-count // model.spec.classes) * model.spec.classes
+def _samples(model: Model, config: SampleConfig, progress: Callable[[int, int], None]) -> Tensor:
+    count, done = config.num_images, 0
+    total = -(-count // config.batch_size) * config.num_inference_steps
+
+    def on_step(step: Step) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
     return generate(
         model,
         count,
@@ -128,15 +167,8 @@ def _samples(model: Model, config: SampleConfig, on_step: Callable[[], None]) ->
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
-        on_step=lambda step: on_step(),
+        on_step=on_step,
     )
-
-
-def evaluation_steps(model: Model, config: SampleConfig) -> int:
-    """How often `on_step` will be called, for a progress bar."""
-    classes = max(1, model.spec.classes)
-    count = -(-config.num_images // classes) * classes
-    return -(-count // config.batch_size) * config.num_inference_steps
 
 
 def _described(config: SampleConfig, model: Model) -> dict[str, Any]:
