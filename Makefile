@@ -29,11 +29,11 @@ demo: setup
 	$(BIN)/undiffuse demo
 
 test: setup-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # The inner loop: without the longer tests.
 test-fast: setup-dev
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 check: setup-dev
 	$(BIN)/ruff format --check .

@@ -2,6 +2,9 @@
 
 import os
 
+# Before torch is imported, and for child processes too: two processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
