@@ -291,6 +291,8 @@ def values_of(one: Any) -> st.SearchStrategy[Any]:
     kind, limits = str(one.type), one.metadata
     if isinstance(one.default, StrEnum):
         return st.sampled_from(list(type(one.default)))
+    if one.name == "prediction_type":
+        return st.none() | st.sampled_from(PredictionType)
     if "tuple[int" in kind:
         side = st.integers(4, MAX_RESOLUTION)
         return st.none() | st.tuples(side, side)
@@ -319,7 +321,7 @@ def settings(draw: Any) -> dict[str, Any]:
     chosen = draw(st.lists(st.sampled_from(every), unique_by=lambda one: one.name))
     values = {one.name: draw(values_of(one)) for one in chosen}
     if {"train_batch_size", "gradient_accumulation_steps"} & values.keys():
-        parts = values.get("gradient_accumulation_steps", 1)
+        parts = values.get("gradient_accumulation_steps") or 1
         values["train_batch_size"] = max(parts, values.get("train_batch_size", 1))
     return values
 

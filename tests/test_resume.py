@@ -255,7 +255,7 @@ def test_killed_at_any_moment_a_run_goes_on_from_its_last_checkpoint(
     """F1: SIGKILL between two events, twice; every step is saved."""
     run, chance = tmp_path / "run", np.random.default_rng(0)
     settings = {**BASE, "data": str(pictures), "checkpointing_steps": 1}
-    for events in (5, 6):  # until the kill, counted from the start of each process
+    for events in (7, 8):  # until the kill, counted from the start of each process
         before = max(Checkpoints(run / "checkpoints").steps(), default=0)
         resume = "latest" if before else None
         kill_after(job(run, settings, STEPS, resume), events, float(chance.uniform(0, 0.05)))

@@ -157,11 +157,19 @@ def test_bf16_gradients_point_where_float32_gradients_point() -> None:
 def test_a_named_precision_is_taken_without_timing(
     precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(runtime, "step_seconds")
+    asked: list[bool] = []
+
+    def timed(net: nn.Module, shape: object, label: object, bf16: bool) -> float:
+        asked.append(bf16)
+        return 1.0
+
+    monkeypatch.setattr(runtime, "step_seconds", timed)
     chosen = runtime.decide(RuntimeConfig(Device.CPU, precision), unet(), SHAPE, None)
     assert chosen.precision is precision
     assert chosen.reason == "as asked"
     assert chosen.device == CPU
+    assert asked == [precision is Precision.BF16]  # only to say how long a run will take
+    assert chosen.seconds == 1.0 / SHAPE[0]
 
 
 @pytest.mark.parametrize(

@@ -513,13 +513,29 @@ def test_the_held_out_loss_hears_every_label_and_few_pictures_give_few_bins() ->
         return torch.zeros_like(x)
 
     denoiser = Denoiser(net, Karras(), KarrasPrecond())
-    x0, label = source(range(300))  # more than the 256 that are computed at once
-    assert len(held_out_loss(denoiser, RECIPE, x0, label, 0)) == 8
+    x0, label = source(range(300))
+    assert len(held_out_loss(denoiser, RECIPE, x0, label, 0, batch_size=128)) == 8
+    assert [len(one) for one in labels if one is not None] == [128, 128, 44]
     assert torch.equal(torch.cat([one for one in labels if one is not None]), label)
     assert len(held_out_loss(denoiser, RECIPE, x0[:3], label[:3], 0)) == 3
     labels.clear()
-    held_out_loss(denoiser, replace(RECIPE, classes=0), x0, label, 0)
+    held_out_loss(denoiser, replace(RECIPE, classes=0), x0, label, 0, batch_size=150)
     assert labels == [None, None]
+
+
+def test_the_held_out_loss_is_computed_on_its_device() -> None:
+    """The meta device stands for a GPU: it refuses to meet tensors of the CPU."""
+    devices: list[str] = []
+
+    def net(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
+        devices.extend({x.device.type, timestep.device.type, label.device.type})
+        return torch.zeros_like(x)
+
+    denoiser = Denoiser(net, Karras(), KarrasPrecond())
+    x0, label = source(range(4))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # it has no numbers
+        held_out_loss(denoiser, RECIPE, x0, label, 0, device="meta")
+    assert set(devices) == {"meta"}
 
 
 # --- stopping, saving, random numbers -----------------------------------------------------------

@@ -142,7 +142,9 @@ class ModelConfig(Checked):
     preset: str | None = option(None, "network (default: tiny up to 32 pixels, else light)")
     dropout: float = option(0.0, "inside residual blocks", 0.0, below=1.0)
     class_conditional: bool = option(True, "use class labels where the data have them")
-    prediction_type: PredictionType = option(PredictionType.KARRAS, "what the network predicts")
+    prediction_type: PredictionType | None = option(
+        None, "what the network predicts (default: as usual with the schedule)"
+    )
     beta_schedule: BetaSchedule = option(BetaSchedule.KARRAS, "noise schedule")
     num_train_timesteps: int = option(1000, "length of the beta tables", 2, at_most=1_000_000)
     p_mean: float = option(-1.2, "mean of ln(sigma/alpha) in training (karras)")
@@ -155,8 +157,10 @@ class TrainConfig(Checked):
     """How the weights are found."""
 
     max_train_steps: int = option(10_000, "optimiser steps; training always ends", 1)
-    train_batch_size: int = option(64, "pictures per optimiser step, over all processes", 1)
-    gradient_accumulation_steps: int = option(1, "parts that a batch is computed in", 1)
+    train_batch_size: int = option(64, "pictures per optimiser step", 1)
+    gradient_accumulation_steps: int | None = option(
+        None, "parts that a batch is computed in (default: as few as fit in memory)", 1
+    )
     learning_rate: float = option(1e-3, "highest learning rate", above=0.0)
     lr_scheduler: LrScheduler = option(LrScheduler.COSINE, "decay after the warm-up")
     lr_warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", 0)
@@ -173,11 +177,16 @@ class TrainConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gradient_accumulation_steps > self.train_batch_size:
+        if self.parts > self.train_batch_size:
             raise ConfigError(
-                f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than"
-                f" train_batch_size {self.train_batch_size}; a part needs at least one picture"
+                f"gradient_accumulation_steps {self.parts} is more than train_batch_size"
+                f" {self.train_batch_size}; a part needs at least one picture"
             )
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a batch is computed."""
+        return self.gradient_accumulation_steps or 1
 
 
 @dataclass(frozen=True)

@@ -278,9 +278,9 @@ class Stream(IntEnum):
     LABEL_DROP = 5
     DROPOUT = 6
     SAMPLE = 7
-    PREVIEW = 8
+    VALIDATE = 8
     EVALUATE = 9
-    SPLIT = 10
+    ADDED = 10
 
 
 def keyed(seed: int, stream: Stream, position: int, part: int = 0) -> np.random.Generator:

@@ -5,6 +5,7 @@ where it is measured to be faster: on some processors it is many times faster fo
 and useless for narrow ones.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,10 +28,21 @@ class Runtime:
     device: torch.device
     bf16: bool
     reason: str
+    seconds: float  # that one picture takes, forward and backward
 
     @property
     def precision(self) -> Precision:
         return Precision.BF16 if self.bf16 else Precision.NO
+
+
+def memory(device: torch.device) -> int | None:
+    """Bytes of memory that computing on `device` can use; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return None
 
 
 def choose_device(device: Device) -> torch.device:
@@ -77,15 +89,25 @@ def decide(
     `net` must already be on its device. Its weights are not changed.
     """
     device = next(net.parameters()).device
-    if config.mixed_precision is not Precision.AUTO:
-        return Runtime(device, config.mixed_precision is Precision.BF16, "as asked")
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Runtime(device, False, "this GPU has no bf16")
-    if device.type == "mps":
-        return Runtime(device, False, "float32 on mps")
+    fixed = _fixed_precision(config, device)
+    if fixed is not None:
+        bf16, reason = fixed
+        return Runtime(device, bf16, reason, step_seconds(net, shape, label, bf16) / shape[0])
     full, half = (step_seconds(net, shape, label, bf16) for bf16 in (False, True))
-    gain = full / half
-    return Runtime(device, gain >= MIN_GAIN, f"bf16 steps take {1 / gain:.2f}x the time of float32")
+    reason = f"bf16 steps take {half / full:.2f}x the time of float32"
+    bf16 = full / half >= MIN_GAIN
+    return Runtime(device, bf16, reason, (half if bf16 else full) / shape[0])
+
+
+def _fixed_precision(config: RuntimeConfig, device: torch.device) -> tuple[bool, str] | None:
+    """The precision and its reason, where nothing needs to be timed."""
+    if config.mixed_precision is Precision.NO:
+        return False, "as asked"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False, "this GPU has no bf16"
+    if config.mixed_precision is Precision.BF16:
+        return True, "as asked"
+    return (False, "float32 on mps") if device.type == "mps" else None
 
 
 def step_seconds(
@@ -93,7 +115,7 @@ def step_seconds(
     shape: tuple[int, int, int, int],
     label: Tensor | None,
     bf16: bool,
-    repeats: int = 3,
+    repeats: int = 2,
 ) -> float:
     """Seconds of one forward and backward pass: the best of `repeats`, after a warm-up."""
     device = next(net.parameters()).device
@@ -107,11 +129,17 @@ def step_seconds(
 def _timed(run: Net, net: nn.Module, x: Tensor, timestep: Tensor, label: Tensor | None) -> float:
     begin = time.perf_counter()
     run(x, timestep, label).float().square().mean().backward()
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
+    _wait_for(x.device)
     seconds = time.perf_counter() - begin
     net.zero_grad(set_to_none=True)
     return seconds
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _channels_last(x: Tensor) -> Tensor:

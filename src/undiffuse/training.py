@@ -201,7 +201,7 @@ def _submit(
 
 def micro_batches(config: TrainConfig, step: int) -> list[range]:
     """The global positions of one step's parts: step * B + i, split as evenly as possible."""
-    size, parts = config.train_batch_size, config.gradient_accumulation_steps
+    size, parts = config.train_batch_size, config.parts
     edges = [step * size + size * i // parts for i in range(parts + 1)]
     return [range(low, high) for low, high in pairwise(edges)]
 
@@ -342,20 +342,24 @@ def held_out_loss(
     label: Tensor | None,
     seed: int,
     bins: int = 8,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
 ) -> list[float]:
     """Mean loss in `bins` equally likely bins of the training levels, from low noise to high.
 
-    Noise and levels are the same at every call, so that only the weights differ.
+    Noise and levels are the same at every call, so that only the weights differ. The denoiser is
+    called on `device` with at most `batch_size` pictures.
     """
     n = len(x0)
     positions = range(n)
-    noise = keyed_normal(seed, Stream.EVALUATE, positions, tuple(x0.shape[1:]))
+    noise = keyed_normal(seed, Stream.VALIDATE, positions, tuple(x0.shape[1:]))
     bin_of = torch.arange(n) % bins
-    offset = torch.from_numpy(keyed_uniform(seed, Stream.EVALUATE, positions, 1, part=1)[:, 0])
+    offset = torch.from_numpy(keyed_uniform(seed, Stream.VALIDATE, positions, 1, part=1)[:, 0])
     level = recipe.levels(recipe.schedule, (bin_of + offset) / bins).like(x0)
     known = label if recipe.classes else None
     batch = Batch(x0, noise, level, known)
-    losses = torch.cat([_losses(denoiser, part) for part in _split(batch, 256)])
+    parts = (part.to(torch.device(device)) for part in _split(batch, batch_size))
+    losses = torch.cat([_losses(denoiser, part) for part in parts])
     return [float(losses[bin_of == b].mean()) for b in range(min(bins, n))]
 
 

@@ -1,11 +1,11 @@
 """`evaluate`, and an evaluation as lines of text: each figure beside what real pictures score."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from undiffuse import runs
+from undiffuse import evaluation, runs
 from undiffuse.cli import _options as options
 from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Bars, Output, table
@@ -18,25 +18,31 @@ Body = Mapping[str, Any]
 def evaluate(arguments: Arguments, out: Output) -> int:
     """`undiffuse evaluate`: losses beside exact bars, samples beside real pictures."""
     given = arguments.given
-    limit = _limit(given.get("fail_above"))
+    limits = _limits(given)
     run = Path(given["run"])
     body = measure(run, _evaluate_options(arguments), out)
     print_figures(body, out)
     if run.is_dir():
         out.say(f"\nwritten to {runs.RunFolder(run).evaluation}")
-    if limit is not None:
-        _check_limit(body, *limit)
+    for limit in limits:
+        limit.check(body)
     out.result("evaluate", **{k: v for k, v in body.items() if k != "schema"})
     return 0
 
 
 def measure(run: Path, chosen: runs.EvaluateOptions, out: Output) -> Body:
-    """Measure a run under a progress bar for each part; writes its evaluation.json."""
+    """Measure a run under a progress bar for each part; writes its evaluation.json.
+
+    What is strange about the pictures is said at the end, in a line each.
+    """
     model = runs.load(run, chosen.weights, chosen.checkpoint)
     count = runs.sample_count(model, chosen.num_samples)
     options.check_memory(model, count, "num_samples:")
     with Bars(out) as bars:
-        return runs.evaluate_run(run, chosen, bars.reach).body
+        body = runs.evaluate_run(run, chosen, bars.reach).body
+    for warning in body["warnings"]:
+        out.warn(warning)
+    return body
 
 
 def _evaluate_options(arguments: Arguments) -> runs.EvaluateOptions:
@@ -55,27 +61,48 @@ def _evaluate_options(arguments: Arguments) -> runs.EvaluateOptions:
     )
 
 
-def _limit(text: str | None) -> tuple[str, float] | None:
-    if text is None:
-        return None
+@dataclass(frozen=True)
+class _Limit:
+    """`--fail-above name=value`, or `--fail-below`."""
+
+    side: str
+    name: str
+    value: float
+
+    def check(self, body: Body) -> None:
+        figures = {figure["name"]: figure for figure in body["figures"]}
+        if self.name not in figures:
+            there = ", ".join(figures)
+            raise ConfigError(f"fail_{self.side}: {self.name} was not measured; there are: {there}")
+        figure = figures[self.name]
+        if figure["value"] is None:
+            raise QualityError(
+                f"{self.name} has no value to compare with {self.value:g}: {figure['warning']}"
+            )
+        if self._passed(figure["value"]):
+            shown, real = _shown(figure["value"]), _shown(figure["floor"])
+            raise QualityError(
+                f"{self.name} {shown} is {self.side} {self.value:g} (real pictures: {real})"
+            )
+
+    def _passed(self, value: float) -> bool:
+        return value > self.value if self.side == "above" else value < self.value
+
+
+def _limits(given: Mapping[str, Any]) -> list[_Limit]:
+    """Refused before anything is measured where no figure can have that name."""
+    sides = [side for side in ("above", "below") if f"fail_{side}" in given]
+    return [_limit(side, given[f"fail_{side}"]) for side in sides]
+
+
+def _limit(side: str, text: str) -> _Limit:
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise ConfigError(f"fail_above must be NAME=X, such as frechet=3; got {text!r}")
-    return name, options.number(f"fail_above {name}", value)
-
-
-def _check_limit(body: Body, name: str, limit: float) -> None:
-    figures = {figure["name"]: figure for figure in body["figures"]}
-    if name not in figures:
-        raise ConfigError(f"fail_above: no figure {name!r}; there are: {', '.join(figures)}")
-    figure = figures[name]
-    if figure["value"] is None:
-        raise QualityError(f"{name} has no value to compare with {limit:g}: {figure['warning']}")
-    if figure["value"] > limit:
-        real = _shown(figure["floor"])
-        raise QualityError(
-            f"{name} {_shown(figure['value'])} is above {limit:g} (real pictures: {real})"
-        )
+        raise ConfigError(f"fail_{side} must be NAME=X, such as frechet=3; got {text!r}")
+    if name not in evaluation.FIGURES:
+        there = ", ".join(evaluation.FIGURES)
+        raise ConfigError(f"fail_{side}: no figure {name!r}; there are: {there}")
+    return _Limit(side, name, options.number(f"fail_{side} {name}", value))
 
 
 # --- lines --------------------------------------------------------------------------------------

@@ -15,13 +15,7 @@ Given = dict[str, Any]
 
 def load_model(given: Given) -> Model:
     """The model that RUN, --weights and --checkpoint name, on --device."""
-    where = device(given)  # asked first: it costs nothing, reading weights does
-    return place(runs.load(given["run"], weights(given), checkpoint(given)), where)
-
-
-def place(model: Model, where: Device) -> Model:
-    runtime.move(model.net, runtime.choose_device(where))
-    return model
+    return runs.load(given["run"], weights(given), checkpoint(given), device(given))
 
 
 def weights(given: Given) -> Weights:

@@ -331,6 +331,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-above", metavar="NAME=X", help="exit with 6 if that figure is above X"
     )
+    parser.add_argument(
+        "--fail-below", metavar="NAME=X", help="exit with 6 if that figure is below X"
+    )
 
 
 def _add_describe(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,6 @@ from undiffuse.cli._options import (
     number,
     one_of,
     output_folder,
-    place,
 )
 from undiffuse.cli._output import Bar, Output
 from undiffuse.config import SampleConfig, SamplerName, changed
@@ -88,7 +87,7 @@ def _watch(
 def _weak(given: Given) -> Model | None:
     if "autoguidance" not in given:
         return None
-    return place(runs.load(given["autoguidance"]), device(given))
+    return runs.load(given["autoguidance"], device=device(given))
 
 
 def _sampler(config: SampleConfig) -> Sampler:
@@ -208,7 +207,7 @@ def _denoise_added(
     model: Model, clean: Tensor, sigma: float, place: Path, *, seed: int, n: int
 ) -> dict[str, object]:
     """Add the noise first, which makes the error known."""
-    noise = keyed_normal(seed, Stream.SAMPLE, range(n, n + 1), tuple(clean.shape))
+    noise = keyed_normal(seed, Stream.ADDED, range(n, n + 1), tuple(clean.shape))
     noisy = clean + sigma * noise[0]
     estimate, bits = _estimate(model, noisy, sigma), model.pictures.bits
     path, noisy_path = (place.with_name(f"{place.name}_{end}.png") for end in ("denoised", "noisy"))

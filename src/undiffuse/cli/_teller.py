@@ -23,7 +23,7 @@ class Teller:
 
     @property
     def planned(self) -> runs.Plan:
-        assert self.plan is not None  # the first event of every run
+        assert self.plan is not None  # among the first events of every run
         return self.plan
 
     def hear(self, event: runs.Event) -> None:
@@ -33,6 +33,8 @@ class Teller:
                 self.plan = plan
                 for line in _introduction(plan):
                     self.out.tell(line)
+            case runs.Doing(text):
+                self.out.tell(text)
             case runs.Note(text):
                 self.out.warn(text)
             case runs.Progress(report):
@@ -69,8 +71,9 @@ def _introduction(plan: runs.Plan) -> Iterator[str]:
     )
     yield _data_line(plan)
     yield (
-        f"network: {plan.config.model.preset}, {cost.total_parameters(plan.spec):,} parameters,"
-        f" {plan.config.model.prediction_type.value} prediction"
+        f"network: {plan.config.model.preset or 'as initialised from'},"
+        f" {cost.total_parameters(plan.spec):,} parameters,"
+        f" {type(plan.denoiser.prediction).__name__} prediction"
     )
     precision = "bf16" if plan.runtime.bf16 else "float32"
     yield f"computing on {plan.runtime.device} in {precision}: {plan.runtime.reason}"

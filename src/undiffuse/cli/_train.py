@@ -36,7 +36,7 @@ def run_training(
         case runs.Stopped(step):
             return _stopped(request.run, step, stop, out, command)
         case runs.Finished() as finished:
-            _final_samples(request.run, out)
+            _final_samples(request, out)
             return after(finished)
         case _:
             return _dry_result(teller.planned, out, command)
@@ -62,8 +62,9 @@ def _stopped(run: Path, step: int, stop: Stop, out: Output, command: str) -> int
     return stop.exit_code
 
 
-def _final_samples(run: Path, out: Output) -> None:
-    model = runs.load(run)
+def _final_samples(request: runs.Request, out: Output) -> None:
+    run = request.run
+    model = runs.load(run, device=request.config.runtime.device)
     count, columns = _final_grid(model)
     with Bar(out, SAMPLE_STEPS + FILM_STEPS, "sample") as bar:
         pictures = runs.generate(
@@ -134,7 +135,7 @@ def say_next(lines: Iterable[str], out: Output) -> None:
 
 def _dry_result(plan: runs.Plan, out: Output, command: str) -> int:
     config, train = plan.config.train, plan.data.train
-    part = -(-config.train_batch_size // config.gradient_accumulation_steps)
+    part = -(-config.train_batch_size // config.parts)
     memory = cost.training_bytes(plan.spec, *train.size, part)
     parameters = cost.total_parameters(plan.spec)
     out.say(

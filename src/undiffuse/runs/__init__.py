@@ -13,6 +13,7 @@ from undiffuse.runs._load import list_models, load, missing_run
 from undiffuse.runs._plan import Plan, Request, resumed_config
 from undiffuse.runs._report import next_commands, write_report
 from undiffuse.runs._train import (
+    Doing,
     Event,
     Finished,
     Note,
@@ -26,6 +27,7 @@ from undiffuse.runs._train import (
 )
 
 __all__ = [
+    "Doing",
     "EvaluateOptions",
     "Evaluated",
     "Event",

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from undiffuse import evaluation, images, runtime
 from undiffuse.checkpoint import Model
-from undiffuse.config import DataConfig, Device, SampleConfig, Weights
-from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.runs._folder import RunFolder, stored_config, write_json
+from undiffuse.config import Device, SampleConfig, Weights
+from undiffuse.runs._folder import RunFolder, write_json
 from undiffuse.runs._generate import generate, labels_in_turn
 from undiffuse.runs._load import load
-from undiffuse.runs._plan import data_options
+from undiffuse.runs._real import Crops, real_pictures
 from undiffuse.sampling import Step
-
-TRAIN_MOST = 5000  # training pictures that the measures use
-
 
 # Defaults that keep an evaluation to minutes on a laptop: the time goes with pixels.
 SAMPLED_PIXELS, FEWEST_SAMPLES, MOST_SAMPLES = 2**18, 100, 1000
@@ -58,26 +54,34 @@ def evaluate_run(
 ) -> Evaluated:
     """Measure a run (or a model file with `options.data`) and write its evaluation.json.
 
+    Copies are looked for in all training pictures; all else is measured with at most 5,000 of
+    them (of large ones fewer), evenly spread. `body["warnings"]` says what is strange about the
+    pictures: that they are not those of training, or that their classes are others.
+
     Raises:
-        CheckpointError: no model there.
-        DataError: the pictures it was trained on are gone.
+        CheckpointError: no model there, or it was trained on pictures given in Python and the
+            run holds no copy of them.
+        DataError: the pictures it was trained on are gone, and the run holds no copy.
         ConfigError: a model file without data, or options out of range.
     """
     path = Path(path)
     model = load(path, options.weights, options.checkpoint)
     runtime.move(model.net, runtime.choose_device(options.device))
-    train, held_out = _splits(_data(path, model, options), model)
+    real = real_pictures(path, model, options.data)
+    train, held_out = real.splits()
     sampling = replace(options.sampling, num_images=sample_count(model, options.num_samples))
-    losses = _losses(model, train, held_out, options, partial(progress, "losses"))
+    losses = _losses(model, real.known, (train, held_out), options, partial(progress, "losses"))
     samples = _samples(model, sampling, partial(progress, "samples"))
     quality = evaluation.sample_quality(
         evaluation.Split(samples, labels_in_turn(model, len(samples))),
         train,
         held_out,
         seed=sampling.seed,
+        search=real.train.chunks(),
     )
-    body = evaluation.summary(losses, quality) | {"sampling": _described(sampling, model)}
-    neighbours = _pairs(samples, train.x0, quality)
+    body = evaluation.summary(losses, quality)
+    body |= {"sampling": _described(sampling, model), "warnings": list(real.warnings)}
+    neighbours = _pairs(samples, real.train, quality)
     if path.is_dir():
         write_json(RunFolder(path).evaluation, body)
         if neighbours is not None:
@@ -95,11 +99,12 @@ def sample_count(model: Model, asked: int | None) -> int:
 
 def _losses(
     model: Model,
-    train: evaluation.Split,
-    held_out: evaluation.Split,
+    known: bool,
+    splits: tuple[evaluation.Split, evaluation.Split],
     options: EvaluateOptions,
     progress: Callable[[int, int], None],
 ) -> evaluation.LevelReport:
+    train, held_out = splits
     fitting = DENOISED_VALUES // max(1, held_out.x0.numel())
     draws = min(MOST_DRAWS, max(1, fitting)) if options.draws is None else options.draws
     return evaluation.loss_by_level(
@@ -108,45 +113,11 @@ def _losses(
         held_out,
         draws=draws,
         seed=options.sampling.seed,
+        known=known,
         labelled=model.spec.classes > 0 and train.label is not None,
         null=model.spec.classes == 0 or model.spec.style.embedding.null,
         device=next(model.net.parameters()).device,
         progress=progress,
-    )
-
-
-def _data(path: Path, model: Model, options: EvaluateOptions) -> images.Data:
-    size = (model.pictures.height, model.pictures.width)
-    if path.is_dir() and options.data is None:
-        config = stored_config(path).data
-        if not _readable(config):
-            raise CheckpointError(
-                f"{path} was trained on pictures given in Python; pass them with --data"
-            )
-        return images.load(config.data, data_options(config), RunFolder(path).cache)
-    if options.data is None:
-        raise ConfigError(f"data is missing: {path} is a model file; pass --data FOLDER")
-    chosen = DataConfig(options.data, resolution=size, channels=model.pictures.channels)
-    return images.load(options.data, data_options(chosen))
-
-
-def _readable(config: DataConfig) -> bool:
-    return config.data in ("digits", "photos") or Path(config.data).exists()
-
-
-def _splits(data: images.Data, model: Model) -> tuple[evaluation.Split, evaluation.Split]:
-    wanted = (model.pictures.channels, model.pictures.height, model.pictures.width)
-    got = (data.train.channels, *data.train.size)
-    if got != wanted:
-        raise ConfigError(
-            f"data has pictures of {got} (channels, height, width), the model makes {wanted}"
-        )
-    train = data.train.fixed(TRAIN_MOST)
-    held_out = data.held_out.fixed(TRAIN_MOST)
-    classes = model.spec.classes > 0
-    return (
-        evaluation.Split(train[0], train[1] if classes else None),
-        evaluation.Split(held_out[0], held_out[1] if classes else None),
     )
 
 
@@ -182,8 +153,9 @@ def _described(config: SampleConfig, model: Model) -> dict[str, Any]:
     }
 
 
-def _pairs(samples: Tensor, train: Tensor, quality: evaluation.SampleReport) -> Tensor | None:
+def _pairs(samples: Tensor, train: Crops, quality: evaluation.SampleReport) -> Tensor | None:
     if not quality.closest:
         return None
-    both = [(samples[pair.sample], train[pair.train]) for pair in quality.closest]
-    return torch.stack([picture for pair in both for picture in pair])
+    made = samples[[pair.sample for pair in quality.closest]]
+    nearest = train.at([pair.train for pair in quality.closest]).x0
+    return torch.stack([made, nearest], 1).flatten(0, 1)

@@ -74,6 +74,18 @@ class RunFolder:
         except OSError as error:
             raise unwritable(self.path, error) from error
 
+    def set_aside(self, step: int) -> None:
+        """Before a run goes on from `step`: what it will write anew must not pass for its state.
+
+        The finished model and its evaluation are kept under another name; later sample grids go.
+        """
+        for path in (self.model, self.evaluation):
+            if path.exists():
+                path.replace(path.with_name(f"{path.stem}-before-{step:08d}{path.suffix}"))
+        for grid in self.samples.glob("step_*.png"):
+            if grid.stem > f"step_{step:08d}":
+                grid.unlink()
+
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
     """The message for a place that cannot be written."""

@@ -68,7 +68,7 @@ def film(
 ) -> list[Float[Tensor, "n c h w"]]:
     """The estimates of the clean pictures, step by step, and the pictures at the end."""
     seen: list[Tensor] = []
-    steps = {"num_inference_steps": frames, **options}
+    steps = {"num_inference_steps": frames, "batch_size": count, **options}
     final = generate(model, count, on_step=lambda step: seen.append(step.x0.cpu()), **steps)  # pyright: ignore[reportArgumentType] # options of generate
     return [*seen, final]
 

@@ -1,12 +1,17 @@
 """From a path to a model: a model file, a finished run, or a run still under way."""
 
 import difflib
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 
+from undiffuse import runtime
 from undiffuse.checkpoint import Checkpoints, Model, load_model
-from undiffuse.config import Weights
+from undiffuse.config import Device, Weights
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.recipes import PRESETS
+
+ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
 
 MODEL_FILE = "model.safetensors"
 
@@ -17,7 +22,10 @@ def list_models() -> list[str]:
 
 
 def load(
-    path: str | Path, weights: Weights | str = Weights.EMA, checkpoint: int | None = None
+    path: str | Path,
+    weights: Weights | str = Weights.EMA,
+    checkpoint: int | None = None,
+    device: Device | str = Device.AUTO,
 ) -> Model:
     """A trained model, ready for `generate(model, 16)`.
 
@@ -25,11 +33,18 @@ def load(
         path: a model file, or a run folder. An unfinished run gives its newest checkpoint.
         weights: "ema", the average, or "raw", the last update; raw needs a checkpoint.
         checkpoint: the step to load, instead of the finished model or the newest.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "mps".
 
     Raises:
         CheckpointError: nothing is there, or it is damaged; the message says what is whole.
     """
-    path, wanted = Path(path), _weights(weights)
+    where = runtime.choose_device(_choice("device", Device, device))
+    model = _read(Path(path), _choice("weights", Weights, weights), checkpoint)
+    runtime.move(model.net, where)
+    return model
+
+
+def _read(path: Path, wanted: Weights, checkpoint: int | None) -> Model:
     if path.is_dir():
         return _from_run(path, wanted, checkpoint)
     if not path.exists():
@@ -49,11 +64,12 @@ def missing_run(path: Path) -> str:
     return f"No run or model file at {path}.{hint}{there}"
 
 
-def _weights(weights: Weights | str) -> Weights:
+def _choice(name: str, kind: type[ChoiceT], value: str) -> ChoiceT:
     try:
-        return Weights(weights)
+        return kind(value)
     except ValueError:
-        raise ConfigError(f"weights must be ema or raw; got {weights!r}") from None
+        choices = ", ".join(member.value for member in kind)
+        raise ConfigError(f"{name} must be one of {choices}; got {value!r}") from None
 
 
 def _from_run(run: Path, weights: Weights, checkpoint: int | None) -> Model:

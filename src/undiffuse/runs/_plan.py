@@ -1,7 +1,6 @@
 """Everything that is settled, and refused, before a run writes its first file."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,50 +13,29 @@ from torch import Tensor, nn
 from undiffuse import cost, images, runtime
 from undiffuse.checkpoint import Checkpoints, Loaded, Model, Pictures
 from undiffuse.config import (
-    BetaSchedule,
     DataConfig,
     ModelConfig,
     Precision,
-    PredictionType,
     RunConfig,
+    TrainConfig,
     flatten,
     override,
 )
-from undiffuse.denoiser import (
-    Denoiser,
-    Epsilon,
-    FlowVelocity,
-    KarrasPrecond,
-    LevelSampling,
-    LogNormal,
-    MinSnr,
-    OnGrid,
-    Prediction,
-    Sample,
-    Velocity,
-    uniform_t,
-    unweighted,
-)
+from undiffuse.denoiser import Denoiser
 from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError
-from undiffuse.noise import (
-    Cosine,
-    Flow,
-    Karras,
-    LinearBetas,
-    Schedule,
-    Stream,
-    keyed,
-    keyed_uniform,
-    order,
-)
-from undiffuse.recipes import preset
+from undiffuse.noise import Stream, keyed, keyed_uniform, order
+from undiffuse.recipes import PRESETS, preset
 from undiffuse.runs._folder import RunFolder, check_writable, read_json
 from undiffuse.runs._load import load
+from undiffuse.runs._meaning import meaning, meaning_notes, prediction_type, recipe_of
 from undiffuse.spec import UNetSpec
 from undiffuse.training import Recipe, Source
 from undiffuse.unet import UNet
 
 Example = tuple[tuple[int, int, int, int], Tensor | None]
+
+TIMED_PIXELS = 2**16  # in the batch that a step is timed on
+MEMORY_SHARE = 0.8  # of the memory, that the estimate may fill: it is an estimate
 
 TINY_UP_TO = 32  # pixels: the largest picture for which `tiny` is the default preset
 
@@ -71,6 +49,10 @@ FIXED = (
     "beta_schedule",
     "num_train_timesteps",
 )
+
+
+# What a run settles by itself where nobody names it; a resumed run keeps it.
+SETTLED = ("preset", "prediction_type", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -122,40 +104,69 @@ class Plan:
         return left * self.step_seconds
 
 
-def make_plan(request: Request) -> Plan:
-    """Load the data, build the network, time a step; raise whatever stands in the way."""
+@dataclass(frozen=True)
+class Gathered:
+    """The pictures and the settled settings: nothing has been built yet."""
+
+    request: Request
+    config: RunConfig
+    spec: UNetSpec
+    data: images.Data
+    device: torch.device
+    resumed: Loaded | None
+    initial: Model | None
+    notes: tuple[str, ...]
+
+
+def gather(request: Request) -> Gathered:
+    """Check the request and load its data; raise whatever stands in the way."""
     check_writable(request.run)
     resumed, notes = _resumed(request)
-    initial = load(request.init_from) if request.init_from and resumed is None else None
+    start = request.init_from if resumed is None else None
+    initial = None if start is None else load(start, device="cpu")
+    device = runtime.choose_device(request.config.runtime.device)
     if resumed is None and initial is None:
-        _refuse_early(request.config)
+        _refuse_early(request.config, device)
     data = _load_data(request)
     if resumed is not None:
         notes += _check_same_data(request, data, resumed)
         if request.init_from:
             notes += (f"init_from is not used: going on from step {resumed.step}",)
-    config, spec = _settle(request.config, data, initial, resumed)
-    _check_memory(spec, config, data.train.size)
-    net = _build(spec, config.train.seed, initial)
-    device = runtime.choose_device(config.runtime.device)
-    runtime.move(net, device)
-    example = _example(spec, config, data.train.size)
-    chosen = _choose_runtime(config, net, example, resumed)
-    part_seconds = runtime.step_seconds(net, *example, chosen.bf16, repeats=1)
-    schedule, prediction = _meaning(config.model, data, resumed)
-    notes += _meaning_notes(initial, schedule, prediction)
+    wanted = request.config if resumed is None else _filled(request.config, resumed)
+    config, spec = _settle(wanted, data, initial, resumed)
+    config = _fit_memory(spec, config, data.train.size, device)
+    if config.train.parts > wanted.train.parts:
+        notes += (_parts_note(config),)
+    return Gathered(request, config, spec, data, device, resumed, initial, data.notes + notes)
+
+
+def make_plan(gathered: Gathered) -> Plan:
+    """Build the network and time a step."""
+    config, spec, data, resumed = gathered.config, gathered.spec, gathered.data, gathered.resumed
+    net = _build(spec, config.train.seed, gathered.initial)
+    runtime.move(net, gathered.device)
+    chosen = _choose_runtime(config, net, _example(spec, config, data.train.size), resumed)
+    schedule, prediction = meaning(config.model, data, resumed)
     return Plan(
-        request=request,
+        request=gathered.request,
         config=config,
         data=data,
         net=net,
         denoiser=Denoiser(net, schedule, prediction),
-        recipe=_recipe(config.model, schedule, prediction, spec),
+        recipe=recipe_of(config.model, schedule, prediction, spec),
         pictures=_pictures(data, spec),
         runtime=chosen,
-        step_seconds=part_seconds * config.train.gradient_accumulation_steps,
+        step_seconds=chosen.seconds * config.train.train_batch_size,
         resumed=resumed,
-        notes=(*data.notes, *notes),
+        notes=(*gathered.notes, *meaning_notes(gathered.initial, schedule, prediction)),
+    )
+
+
+def _parts_note(config: RunConfig) -> str:
+    train = config.train
+    return (
+        f"{train.train_batch_size} pictures at once do not fit in memory:"
+        f" computed in {train.parts} parts (--gradient-accumulation-steps {train.parts})"
     )
 
 
@@ -184,8 +195,7 @@ def resumed_config(run: Path, stored: RunConfig, changes: Mapping[str, object]) 
 
 def _check_fixed(run: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     for name in FIXED:
-        unnamed = name == "preset" and after[name] is None
-        if not unnamed and before.get(name) != after[name]:
+        if before.get(name) != after[name]:
             raise CheckpointError(
                 f"{name} is {after[name]} here, {before.get(name)} in {run};"
                 " a changed model is a new run: drop --resume-from-checkpoint"
@@ -214,8 +224,9 @@ def _resumed(request: Request) -> tuple[Loaded | None, tuple[str, ...]]:
         return None, (f"{request.run} has no checkpoint yet: starting at step 0",)
     step = None if request.resume == "latest" else int(request.resume)
     loaded, rejected = checkpoints.read(step)
-    _check_fixed(request.run, _table(loaded, "config"), flatten(request.config))
-    changed = changes_between(_table(loaded, "config"), flatten(request.config))
+    stored, asked = _table(loaded, "config"), flatten(_filled(request.config, loaded))
+    _check_fixed(request.run, stored, asked)
+    changed = changes_between(stored, asked)
     accepted = tuple(f"from step {loaded.step} on: {change}" for change in changed)
     return loaded, (*rejected, *accepted, *_environment_notes(loaded))
 
@@ -225,6 +236,12 @@ def _table(loaded: Loaded, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"state.json of step {loaded.step} lacks {name!r}; use another step")
     return value
+
+
+def _filled(config: RunConfig, loaded: Loaded) -> RunConfig:
+    """The settings with those that the run settled by itself, where they are not named."""
+    stored, asked = _table(loaded, "config"), flatten(config)
+    return override(config, {n: stored[n] for n in SETTLED if asked[n] is None and n in stored})
 
 
 def counters_of(loaded: Loaded) -> Mapping[str, Any]:
@@ -249,6 +266,7 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
@@ -308,15 +326,15 @@ def _settle(
     """Settle the preset, which the pictures' size decides where nobody named one."""
     classes = _classes(config.model, data)
     if resumed is not None:
-        name = str(_table(resumed, "config")["preset"])
-        spec = _resumed_spec(resumed, data, classes)
+        name, spec = config.model.preset, _resumed_spec(resumed, data, classes)
     elif initial is not None:
-        name = _preset_name(config.model, data.train.size)
         spec = _initial_spec(initial, data, classes)
+        name = _name_of(spec, config.model)
     else:
         name = _preset_name(config.model, data.train.size)
         spec = preset(name, data.train.channels, classes)
-    settled = replace(config, model=replace(config.model, preset=name))
+    named = replace(config.model, preset=name, prediction_type=prediction_type(config.model))
+    settled = replace(config, model=named)
     return settled, replace(spec, style=replace(spec.style, dropout=config.model.dropout))
 
 
@@ -324,11 +342,12 @@ def _preset_name(config: ModelConfig, size: tuple[int, int]) -> str:
     return config.preset or ("tiny" if max(size) <= TINY_UP_TO else "light")
 
 
-def _refuse_early(config: RunConfig) -> None:
+def _refuse_early(config: RunConfig, device: torch.device) -> None:
     """What would fail for any pictures of this size, before they are decoded."""
+    prediction_type(config.model)
     size = config.data.resolution
     if size is not None:
-        _check_memory(preset(_preset_name(config.model, size), 1), config, size)
+        _fit_memory(preset(_preset_name(config.model, size), 1), config, size, device)
     elif config.model.preset is not None:
         preset(config.model.preset)
 
@@ -351,31 +370,58 @@ def _resumed_spec(resumed: Loaded, data: images.Data, classes: int) -> UNetSpec:
     return spec
 
 
+def _name_of(spec: UNetSpec, config: ModelConfig) -> str | None:
+    """The preset that a spec is, or None.
+
+    Raises:
+        ConfigError: another one was asked for.
+    """
+    plain = spec.with_classes(0, null=False)
+    plain = replace(plain, style=replace(plain.style, dropout=0.0))
+    same = (name for name in PRESETS if preset(name, spec.in_channels) == plain)
+    found = next(same, None)
+    if config.preset not in (None, found):
+        raise ConfigError(
+            f"preset {config.preset} is not the network of init_from ({found or 'no preset'});"
+            " leave --preset out"
+        )
+    return found
+
+
 def _initial_spec(initial: Model, data: images.Data, classes: int) -> UNetSpec:
     if initial.spec.in_channels != data.train.channels:
         raise ConfigError(
             f"init_from has {initial.spec.in_channels} channels, the pictures have"
             f" {data.train.channels}; pass --channels {initial.spec.in_channels}"
         )
-    if classes == initial.spec.classes:
-        return initial.spec
     return initial.spec.with_classes(classes, null=classes > 0)
 
 
-def _check_memory(spec: UNetSpec, config: RunConfig, size: tuple[int, int]) -> None:
-    part = _part_size(config)
-    need = cost.training_bytes(spec, *size, part)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        raise ResourceError(
-            f"training at resolution {size[0]}x{size[1]} with {part} pictures at once needs about"
-            f" {need / 1e9:.0f} GB, this machine has {have / 1e9:.0f} GB; try a smaller"
-            " --resolution or --train-batch-size, or more --gradient-accumulation-steps"
-        )
+def _fit_memory(
+    spec: UNetSpec, config: RunConfig, size: tuple[int, int], device: torch.device
+) -> RunConfig:
+    """Settle in how many parts a batch is computed: as asked, or as few as fit in memory.
+
+    Raises:
+        ResourceError: the parts asked for, or single pictures, do not fit.
+    """
+    train, have = config.train, runtime.memory(device) or math.inf
+    asked = train.gradient_accumulation_steps
+    tried = [2**n for n in range(train.train_batch_size.bit_length())] if asked is None else [asked]
+    needs = [cost.training_bytes(spec, *size, _part_size(train, parts)) for parts in tried]
+    for parts, need in zip(tried, needs, strict=True):
+        if need < MEMORY_SHARE * have:
+            return replace(config, train=replace(train, gradient_accumulation_steps=parts))
+    raise ResourceError(
+        f"training at resolution {size[0]}x{size[1]} with {_part_size(train, tried[-1])} pictures"
+        f" at once needs about {needs[-1] / 1e9:.0f} GB, this machine has {have / 1e9:.0f} GB; try"
+        " a smaller --resolution, --train-batch-size or --preset, or more"
+        " --gradient-accumulation-steps"
+    )
 
 
-def _part_size(config: RunConfig) -> int:
-    return math.ceil(config.train.train_batch_size / config.train.gradient_accumulation_steps)
+def _part_size(train: TrainConfig, parts: int) -> int:
+    return math.ceil(train.train_batch_size / parts)
 
 
 def _build(spec: UNetSpec, seed: int, initial: Model | None) -> UNet:
@@ -384,7 +430,8 @@ def _build(spec: UNetSpec, seed: int, initial: Model | None) -> UNet:
         torch.manual_seed(int(keyed(seed, Stream.WEIGHTS, 0).integers(2**63)))
         net = UNet(spec)
     if initial is not None:
-        kept, same = dict(initial.net.state_dict()), spec.classes == initial.spec.classes
+        kept = dict(initial.net.state_dict())
+        same = spec.style.embedding == initial.spec.style.embedding
         if not same:  # another label table: its rows start afresh
             kept = {k: v for k, v in kept.items() if not k.startswith("embedding.labels")}
         net.load_state_dict(kept, strict=same)
@@ -394,91 +441,19 @@ def _build(spec: UNetSpec, seed: int, initial: Model | None) -> UNet:
 def _choose_runtime(
     config: RunConfig, net: nn.Module, example: Example, resumed: Loaded | None
 ) -> runtime.Runtime:
-    asked = config.runtime
-    if resumed is not None and asked.mixed_precision is Precision.AUTO:
-        device = next(net.parameters()).device
-        return runtime.Runtime(device, bool(resumed.state.get("bf16")), "as in the checkpoint")
-    return runtime.decide(asked, net, *example)
+    if resumed is None or config.runtime.mixed_precision is not Precision.AUTO:
+        return runtime.decide(config.runtime, net, *example)
+    stored = Precision.BF16 if resumed.state.get("bf16") else Precision.NO
+    chosen = runtime.decide(replace(config.runtime, mixed_precision=stored), net, *example)
+    return replace(chosen, reason="as in the checkpoint")
 
 
 def _example(spec: UNetSpec, config: RunConfig, size: tuple[int, int]) -> Example:
-    """Shape and labels of one micro-batch, for timing."""
-    part = _part_size(config)
+    """Shape and labels of a micro-batch for timing, of few pictures if they are large."""
+    part = _part_size(config.train, config.train.parts)
+    part = max(1, min(part, TIMED_PIXELS // (size[0] * size[1])))
     label = torch.zeros(part, dtype=torch.int64) if spec.classes else None
     return (part, spec.in_channels, *size), label
-
-
-def _meaning(
-    config: ModelConfig, data: images.Data, resumed: Loaded | None
-) -> tuple[Schedule, Prediction]:
-    """What the output means; a checkpoint's sigma_data stays, even if the pictures changed."""
-    if resumed is not None:
-        return resumed.header.schedule, resumed.header.prediction
-    return _schedule(config), _prediction(config, data)
-
-
-def _meaning_notes(
-    initial: Model | None, schedule: Schedule, prediction: Prediction
-) -> tuple[str, ...]:
-    """Other outputs than the initial weights were made for have to be learned anew."""
-    if initial is None:
-        return ()
-    before = (type(initial.denoiser.prediction), type(initial.denoiser.schedule))
-    now = (type(prediction), type(schedule))
-    if before == now:
-        return ()
-    words = [f"{one.__name__} on {other.__name__}" for one, other in (before, now)]
-    return (f"init_from predicts {words[0]}, this run {words[1]}: see --prediction-type",)
-
-
-def _schedule(config: ModelConfig) -> Schedule:
-    match config.beta_schedule:
-        case BetaSchedule.KARRAS:
-            return Karras()
-        case BetaSchedule.LINEAR:
-            return LinearBetas(config.num_train_timesteps)
-        case BetaSchedule.COSINE:
-            return Cosine(config.num_train_timesteps)
-        case BetaSchedule.FLOW:
-            return Flow()
-
-
-def _prediction(config: ModelConfig, data: images.Data) -> Prediction:
-    match config.prediction_type:
-        case PredictionType.KARRAS:
-            return KarrasPrecond(_spread(data.train))
-        case PredictionType.EPSILON:
-            return Epsilon(config.num_train_timesteps)
-        case PredictionType.SAMPLE:
-            return Sample(config.num_train_timesteps)
-        case PredictionType.V_PREDICTION:
-            return Velocity(config.num_train_timesteps)
-        case PredictionType.FLOW:
-            return FlowVelocity(config.num_train_timesteps)
-
-
-def _spread(data: images.Dataset, most: int = 2048) -> float:
-    """sigma_data: the standard deviation of the training pixels, to three digits."""
-    x0, _ = data.fixed(min(most, len(data)))
-    return max(0.01, round(float(x0.double().std()), 3))
-
-
-def _recipe(
-    config: ModelConfig, schedule: Schedule, prediction: Prediction, spec: UNetSpec
-) -> Recipe:
-    weighting = MinSnr(prediction, config.snr_gamma) if config.snr_gamma else unweighted
-    return Recipe(schedule, _level_sampling(config), weighting, spec.classes)
-
-
-def _level_sampling(config: ModelConfig) -> LevelSampling:
-    """The paper's own choice for each schedule."""
-    match config.beta_schedule:
-        case BetaSchedule.KARRAS:
-            return LogNormal(config.p_mean, config.p_std)
-        case BetaSchedule.LINEAR | BetaSchedule.COSINE:
-            return OnGrid(config.num_train_timesteps)
-        case BetaSchedule.FLOW:
-            return uniform_t
 
 
 def _pictures(data: images.Data, spec: UNetSpec) -> Pictures:

@@ -28,7 +28,7 @@ def write_report(run: str | Path, output: Path | None = None) -> Path:
     """
     folder = RunFolder(Path(run))
     config = stored_config(folder.path)
-    model = load(folder.path)
+    model = load(folder.path, device="cpu")
     records = read_metrics(folder.metrics)
     body = read_json(folder.evaluation) if folder.evaluation.exists() else {}
     page = report.Report(

@@ -1,6 +1,7 @@
 """A training run as a stream of events. The caller prints; this module never does."""
 
 import json
+import math
 import tempfile
 import time
 import uuid
@@ -21,9 +22,9 @@ from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.runs._folder import (
     RunFolder,
     append_line,
-    read_json,
     rewind_metrics,
     save_config,
+    stored_config,
     write_json,
     write_text,
 )
@@ -34,6 +35,7 @@ from undiffuse.runs._plan import (
     Request,
     counters_of,
     environment,
+    gather,
     make_plan,
     names_of,
     source_of,
@@ -51,6 +53,13 @@ class Planned:
     """Everything is settled; after this (unless it is a dry run) the first file is written."""
 
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Doing:
+    """Something that may take a while has begun."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class Finished:
     held_out: float | None
 
 
-Event = Planned | Note | Progress | Validated | Saved | Stopped | Finished
+Event = Doing | Planned | Note | Progress | Validated | Saved | Stopped | Finished
 Stop = Callable[[], bool]
 
 
@@ -112,6 +121,7 @@ def fit(
     data: object = "digits",
     *,
     output_dir: str | Path | None = None,
+    resume: str | int | None = None,
     on_event: Callable[[Event], object] = lambda event: None,
     **settings: object,
 ) -> Model:
@@ -121,6 +131,8 @@ def fit(
         data: a folder, an .npz file, "digits", "photos", a tensor (n, c, h, w) in [-1, 1], or an
             uint8 array.
         output_dir: the run folder, with checkpoints, samples and logs. None keeps nothing.
+        resume: "latest" or a step: go on with the run in output_dir, with its own settings but
+            for those given here.
         on_event: called with every event of the run; `print` shows what happens.
         settings: any option of `undiffuse train`, with underscores: resolution=64,
             max_train_steps=2000, train_batch_size=32, seed=1 ...
@@ -129,12 +141,18 @@ def fit(
         ConfigError, DataError, ResourceError, DivergedError: with what to do in the message.
     """
     named = isinstance(data, str | Path)
-    config = override(RunConfig(), {**settings, "data": str(data) if named else IN_PYTHON})
     with tempfile.TemporaryDirectory(prefix="undiffuse-") as folder:
         run = Path(folder) / "run" if output_dir is None else Path(output_dir)
-        for event in training_run(Request(config, run, None if named else data)):
+        before = RunConfig() if resume is None else stored_config(run)
+        config = override(before, {**settings, "data": str(data) if named else IN_PYTHON})
+        step = None if resume is None else str(resume)
+        for event in training_run(Request(config, run, None if named else data, step)):
             on_event(event)
         return load(run)
+
+
+def _name_of(request: Request) -> str:
+    return request.config.data.data if request.data is None else "pictures"
 
 
 def training_run(request: Request, stop: Stop = lambda: False) -> Iterator[Event]:
@@ -145,7 +163,10 @@ def training_run(request: Request, stop: Stop = lambda: False) -> Iterator[Event
     """
     _check_tracker(request.config)
     with _memory_advice(request.config):
-        plan = make_plan(request)
+        yield Doing(f"reading {_name_of(request)} ...")
+        gathered = gather(request)
+        yield Doing("timing a step ...")
+        plan = make_plan(gathered)
         yield Planned(plan)
         yield from (Note(text) for text in plan.notes)
         if request.dry_run:
@@ -163,7 +184,7 @@ def _memory_advice(config: RunConfig) -> Generator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        size, parts = config.train.train_batch_size, config.train.gradient_accumulation_steps
+        size, parts = config.train.train_batch_size, config.train.parts
         raise ResourceError(
             f"out of memory at train_batch_size {size}; try"
             f" --gradient-accumulation-steps {min(2 * parts, size)} (same gradient, less memory)"
@@ -257,14 +278,28 @@ class _Run:
     def _validate(self, record: dict[str, Any]) -> Validated:
         plan, step = self.plan, self.state.step
         x0, label = plan.data.held_out.fixed(HELD_OUT_MOST)
-        bins = held_out_loss(self.state.averaged, plan.recipe, x0, label, plan.config.train.seed)
+        config, part = (
+            plan.config.train,
+            math.ceil(plan.config.train.train_batch_size / plan.config.train.parts),
+        )
+        bins = held_out_loss(
+            self.state.averaged,
+            plan.recipe,
+            x0,
+            label,
+            config.seed,
+            batch_size=part,
+            device=self.state.device,
+        )
         self.last_held_out = sum(bins) / len(bins)
-        record |= {"val_loss": self.last_held_out, "loss_by_t": bins}
+        record["val_loss"] = _finite(self.last_held_out)
+        record["loss_by_t"] = [_finite(one) for one in bins]
         pictures = generate(
             self.model(),
             plan.config.log.num_samples,
-            seed=plan.config.train.seed,
+            seed=config.seed,
             num_inference_steps=PREVIEW_STEPS,
+            batch_size=part,
         )
         grid = plan.folder.samples / f"step_{step:08d}.png"
         images.save_grid(pictures, grid)
@@ -320,11 +355,12 @@ class _Run:
         plan, folder = self.plan, self.plan.folder
         self.checkpoints.clean()
         self.checkpoints.rewind(plan.first_step)
+        if plan.first_step < plan.config.train.max_train_steps:
+            folder.set_aside(plan.first_step)
         save_config(folder, plan.config)
         write_json(folder.info, _info(plan, self.run_id))
         write_json(folder.path / "data.json", {"names": names_of(plan.data)})
-        if not folder.cache.exists():
-            images.save_cache(plan.data, folder.cache)
+        images.save_cache(plan.data, folder.cache)
         if plan.data.skipped:
             lines = (f"{one.name}\t{one.reason}\n" for one in plan.data.skipped)
             write_text(folder.path / "skipped.txt", "".join(lines))
@@ -380,8 +416,3 @@ def _tensorboard(folder: RunFolder) -> Track:
         writer.flush()
 
     return track
-
-
-def run_info(run: Path) -> dict[str, Any]:
-    """What run.json says about a run."""
-    return read_json(RunFolder(run).info)

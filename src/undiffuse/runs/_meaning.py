@@ -1,0 +1,120 @@
+"""From a run's settings to what the network's output means and which noise it is trained on."""
+
+from undiffuse import images
+from undiffuse.checkpoint import Loaded, Model
+from undiffuse.config import BetaSchedule, ModelConfig, PredictionType
+from undiffuse.denoiser import (
+    Epsilon,
+    FlowVelocity,
+    KarrasPrecond,
+    LevelSampling,
+    LogNormal,
+    MinSnr,
+    OnGrid,
+    Prediction,
+    Sample,
+    Velocity,
+    uniform_t,
+    unweighted,
+)
+from undiffuse.errors import ConfigError
+from undiffuse.noise import Cosine, Flow, Karras, LinearBetas, Schedule
+from undiffuse.spec import UNetSpec
+from undiffuse.training import Recipe
+
+# What each schedule's own paper predicts: the default where no prediction type is named.
+USUAL = {
+    BetaSchedule.KARRAS: PredictionType.KARRAS,
+    BetaSchedule.LINEAR: PredictionType.EPSILON,
+    BetaSchedule.COSINE: PredictionType.EPSILON,
+    BetaSchedule.FLOW: PredictionType.FLOW,
+}
+
+
+def prediction_type(config: ModelConfig) -> PredictionType:
+    """The prediction type, settled.
+
+    Raises:
+        ConfigError: it divides by alpha, which the schedule lets reach 0.
+    """
+    chosen = config.prediction_type or USUAL[config.beta_schedule]
+    divides = chosen in (PredictionType.EPSILON, PredictionType.KARRAS)
+    if config.beta_schedule is BetaSchedule.FLOW and divides:
+        raise ConfigError(
+            f"prediction_type {chosen.value} does not work with beta_schedule flow, whose alpha"
+            " reaches 0; use flow, v_prediction or sample"
+        )
+    return chosen
+
+
+def meaning(
+    config: ModelConfig, data: images.Data, resumed: Loaded | None
+) -> tuple[Schedule, Prediction]:
+    """What the output means; a checkpoint's sigma_data stays, even if the pictures changed."""
+    if resumed is not None:
+        return resumed.header.schedule, resumed.header.prediction
+    return _schedule(config), _prediction(config, data)
+
+
+def meaning_notes(
+    initial: Model | None, schedule: Schedule, prediction: Prediction
+) -> tuple[str, ...]:
+    """Other outputs than the initial weights were made for have to be learned anew."""
+    if initial is None:
+        return ()
+    before = (type(initial.denoiser.prediction), type(initial.denoiser.schedule))
+    now = (type(prediction), type(schedule))
+    if before == now:
+        return ()
+    words = [f"{one.__name__} on {other.__name__}" for one, other in (before, now)]
+    return (f"init_from predicts {words[0]}, this run {words[1]}: see --prediction-type",)
+
+
+def _schedule(config: ModelConfig) -> Schedule:
+    match config.beta_schedule:
+        case BetaSchedule.KARRAS:
+            return Karras()
+        case BetaSchedule.LINEAR:
+            return LinearBetas(config.num_train_timesteps)
+        case BetaSchedule.COSINE:
+            return Cosine(config.num_train_timesteps)
+        case BetaSchedule.FLOW:
+            return Flow()
+
+
+def _prediction(config: ModelConfig, data: images.Data) -> Prediction:
+    match prediction_type(config):
+        case PredictionType.KARRAS:
+            return KarrasPrecond(_spread(data.train))
+        case PredictionType.EPSILON:
+            return Epsilon(config.num_train_timesteps)
+        case PredictionType.SAMPLE:
+            return Sample(config.num_train_timesteps)
+        case PredictionType.V_PREDICTION:
+            return Velocity(config.num_train_timesteps)
+        case PredictionType.FLOW:
+            return FlowVelocity(config.num_train_timesteps)
+
+
+def _spread(data: images.Dataset, most: int = 2048) -> float:
+    """sigma_data: the standard deviation of the training pixels, to three digits."""
+    x0, _ = data.fixed(most)
+    return max(0.01, round(float(x0.double().std()), 3))
+
+
+def recipe_of(
+    config: ModelConfig, schedule: Schedule, prediction: Prediction, spec: UNetSpec
+) -> Recipe:
+    weighting = MinSnr(prediction, config.snr_gamma) if config.snr_gamma else unweighted
+    return Recipe(schedule, _level_sampling(config), weighting, spec.classes)
+
+
+def _level_sampling(config: ModelConfig) -> LevelSampling:
+    """The paper's own choice for each schedule."""
+    match config.beta_schedule:
+        case BetaSchedule.KARRAS:
+            return LogNormal(config.p_mean, config.p_std)
+        case BetaSchedule.LINEAR | BetaSchedule.COSINE:
+            return OnGrid(config.num_train_timesteps)
+        case BetaSchedule.FLOW:
+            return uniform_t
