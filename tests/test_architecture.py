@@ -49,7 +49,7 @@ HOUSE = {
     "runtime": place(1, "config", "torch jaxtyping"),
     "textbook": place(2, "spec recipes unet", "torch jaxtyping"),
     "training": place(2, "config noise denoiser", "torch numpy jaxtyping"),
-    "checkpoint": place(2, "spec unet noise denoiser", "torch numpy safetensors"),
+    "checkpoint": place(2, "spec unet noise denoiser", "torch numpy"),
     "distributed": place(2, "config", "torch"),
     "evaluation": place(
         2, "noise denoiser guidance sampling oracles", "torch numpy sklearn jaxtyping"
