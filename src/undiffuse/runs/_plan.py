@@ -35,6 +35,7 @@ from undiffuse.unet import UNet
 Example = tuple[tuple[int, int, int, int], Tensor | None]
 
 TIMED_PIXELS = 2**16  # in the batch that a step is timed on
+AUTOMATIC_PARTS = (1, 2, 4, 8, 16, 32, 64)  # that a batch may be split into unasked
 MEMORY_SHARE = 0.8  # of the memory, that the estimate may fill: it is an estimate
 
 TINY_UP_TO = 32  # pixels: the largest picture for which `tiny` is the default preset
@@ -407,7 +408,8 @@ def _fit_memory(
     """
     train, have = config.train, runtime.memory(device) or math.inf
     asked = train.gradient_accumulation_steps
-    tried = [2**n for n in range(train.train_batch_size.bit_length())] if asked is None else [asked]
+    few = (parts for parts in AUTOMATIC_PARTS if parts <= train.train_batch_size)
+    tried = list(few) if asked is None else [asked]
     needs = [cost.training_bytes(spec, *size, _part_size(train, parts)) for parts in tried]
     for parts, need in zip(tried, needs, strict=True):
         if need < MEMORY_SHARE * have:
