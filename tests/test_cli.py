@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import undiffuse
-from tiny_world import CLASSES, SIZE, STEPS, World, make_world
+from tiny_world import CLASSES, SIZE, STEPS, World, draw_pictures, make_world
 from undiffuse import runs
 from undiffuse.cli import _demo, _evaluate, main
 from undiffuse.cli._output import Bar, Output, count_of, duration, one_line, table
@@ -591,10 +591,16 @@ def test_figures_as_lines() -> None:
 @pytest.mark.parametrize(
     ("limit", "kind", "words"),
     [
-        ("frechet=50", None, ""),
-        ("frechet=41.2", "QualityError", "frechet 41.23 is above 41.2 (real pictures: 8.9)"),
-        ("copies=1", "QualityError", "copies has no value to compare with 1: rough"),
-        ("fid=3", "ConfigError", "no figure 'fid'; there are: frechet, copies"),
+        ("above frechet=50", None, ""),
+        ("above frechet=41.2", "QualityError", "frechet 41.23 is above 41.2 (real pictures: 8.9)"),
+        ("above copies=1", "QualityError", "copies has no value to compare with 1: rough"),
+        ("above recall=1", "ConfigError", "recall was not measured; there are: frechet, copies"),
+        ("below frechet=41.2", None, ""),
+        ("below frechet=50", "QualityError", "frechet 41.23 is below 50 (real pictures: 8.9)"),
+        ("below copies=0", "QualityError", "copies has no value to compare with 0: rough"),
+        ("above frechet=50 --fail-below frechet=9", None, ""),
+        ("above frechet=50 --fail-below frechet=45", "QualityError", "41.23 is below 45"),
+        ("above frechet=40 --fail-below frechet=9", "QualityError", "41.23 is above 40"),
     ],
 )
 def test_limits(
@@ -606,9 +612,49 @@ def test_limits(
 ) -> None:
     monkeypatch.setattr(_evaluate, "measure", lambda run, options, out: BODY)
     codes = {None: 0, "QualityError": 6, "ConfigError": 2}
-    body = ask(f"evaluate {{run}} --fail-above {limit}", code=codes[kind])
+    body = ask(f"evaluate {{run}} --fail-{limit}", code=codes[kind])
     assert body.get("type") == kind
     assert words in body.get("message", "")
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("fid=3", "no figure 'fid'; there are: class_accuracy, frechet, precision, recall, "),
+        ("=3", "must be NAME=X, such as frechet=3; got '=3'"),
+        ("frechet", "must be NAME=X"),
+        ("frechet=low", "low"),
+    ],
+)
+def test_senseless_limits_are_refused_before_measuring(
+    side: str,
+    limit: str,
+    words: str,
+    ask: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_evaluate, "measure", lambda run, options, out: pytest.fail("measured"))
+    refused = ask(f"evaluate {{run}} --fail-{side} {limit}", code=2)
+    assert refused["message"].startswith(f"fail_{side}")
+    assert words in refused["message"]
+
+
+def test_what_is_strange_about_the_pictures_is_said(
+    world: World, ask: Callable[..., dict[str, Any]], capsys: Capture
+) -> None:
+    draw_pictures(Path("other"), 10)
+    Path("other/night").rename("other/dusk")
+    assert main([*world.words(MEASURE), "--data", "other"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert [note.split(":")[1] for note in notes[-2:]] == [
+        " not the pictures this model was trained on",
+        " other (10 images) has other classes (day, dusk) than the model (day, night)",
+    ]
+    body = ask(f"{MEASURE} --data other")
+    assert [f"note: {warning}" for warning in body["warnings"]] == notes[-2:]
+    assert json.loads((world.run / "evaluation.json").read_text())["warnings"] == body["warnings"]
+    assert ask(MEASURE)["warnings"] == []
 
 
 def test_the_demo_and_the_demo_again(
@@ -676,11 +722,33 @@ def test_describe_draws(end: str, start: bytes, capsys: Capture) -> None:
 
 def test_describe_pictures(ask: Callable[..., dict[str, Any]]) -> None:
     body = ask("describe {pictures} --output sheet.png")
-    assert body["train_images"] + body["held_out_images"] == 12
+    assert body["images"] == 12
     assert body["classes"] == list(CLASSES)
+    assert sum(body["class_images"]) == 12
     assert (body["channels"], body["size"]) == (3, [SIZE, SIZE])
     with Image.open("sheet.png") as sheet:
         assert sheet.size[0] > 3 * SIZE
+
+
+def test_describe_pictures_of_different_sizes(
+    ask: Callable[..., dict[str, Any]], capsys: Capture
+) -> None:
+    for index, (height, width) in enumerate([(6, 8), (600, 300), (6, 8)]):
+        Path("mixed").mkdir(exist_ok=True)
+        pixels = np.full((height, width, 3), 50 * index, dtype=np.uint8)
+        Image.fromarray(pixels).save(f"mixed/{index}.png")
+    Path("mixed/notes.txt").write_text("")
+    body = ask("describe mixed --output sheet.png")
+    assert (body["images"], body["size"], body["ignored"]) == (3, None, {".txt": 1})
+    assert body["sizes"] == [{"size": [6, 8], "images": 2}, {"size": [600, 300], "images": 1}]
+    assert Path("sheet.png").exists()
+    assert main(["describe", "mixed"]) == 0
+    said = capsys.readouterr().out
+    assert "6x8" in said
+    assert "add --resolution HxW" in said
+    assert ask("describe mixed --resolution 16x12")["size"] == [16, 12]
+    assert main(["describe", "mixed", "--resolution", "16x12"]) == 0
+    assert "add --resolution" not in capsys.readouterr().out
 
 
 def test_env_says_what_a_bug_report_needs(

@@ -16,6 +16,7 @@ from torch import Tensor
 from undiffuse.denoiser import Denoiser, KarrasPrecond
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation import (
+    FIGURES,
     RATIOS,
     Features,
     Figure,
@@ -169,6 +170,10 @@ def exposed(digits: tuple[Split, Split]) -> SampleReport:
     return sample_quality(Split(gaussian_fit(train, 700), train.label[:700]), train, held_out)
 
 
+def test_all_figures_are_listed(exposed: SampleReport) -> None:
+    assert tuple(f.name for f in exposed.figures) == FIGURES
+
+
 def test_floors_on_digits(exposed: SampleReport) -> None:
     floors = {f.name: f.floor for f in exposed.figures}
     assert floors["class_accuracy"] >= 0.97
@@ -203,6 +208,44 @@ def test_copies_are_found_and_named(digits: tuple[Split, Split]) -> None:
         assert pair.train == places[pair.sample]
         assert pair.distance <= 0.0021
         assert pair.ratio < 0.01
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("size", [1, 97, 5000])
+def test_copies_are_looked_for_in_all_chunks(digits: tuple[Split, Split], size: int) -> None:
+    """Of pictures that the other measures never see; the same whatever the chunks are."""
+    everything, held_out = digits
+    some = everything.at(slice(0, 100))
+    copied = torch.tensor([3, 700, 1200, 1436])
+    samples = Split(torch.cat([everything.x0[copied] + 0.001, held_out.x0[:30]]))
+    chunks = (chunk for chunk in everything.x0.split(size))  # read once
+    report = sample_quality(samples, some, held_out, search=chunks)
+    assert (report.train, report.train_searched) == (100, 1437)
+    assert figure(report, "copies").value == pytest.approx(4 / 34)
+    assert "1,437 training pictures" in figure(report, "copies").note
+    closest = {pair.sample: pair.train for pair in report.closest}
+    assert [closest[i] for i in range(4)] == copied.tolist()
+    apart = (samples.x0.clamp(-1, 1)[:, None] - everything.x0[None]).flatten(2).double()
+    first, second = apart.square().mean(2).sqrt().sort(1)[0][:, :2].unbind(1)
+    for pair in report.closest:
+        assert pair.distance == pytest.approx(float(first[pair.sample]), abs=1e-6)
+        assert pair.ratio == pytest.approx(
+            float(first[pair.sample] / second[pair.sample]), abs=1e-5
+        )
+
+
+def test_a_copy_does_not_hide_behind_its_double_in_another_chunk() -> None:
+    train, samples = random_split(40), Split(random_split(40).x0[7:8])
+    report = sample_quality(samples, train, NOTHING, search=[train.x0, train.x0])
+    assert report.train_searched == 80
+    assert figure(report, "copies").value == 1.0
+    assert [(pair.train, pair.ratio) for pair in report.closest] == [(7, 0.0)]
+
+
+def test_a_search_in_other_pictures_is_refused() -> None:
+    split = random_split(4)
+    with pytest.raises(DataError, match="pictures to search must have the shape"):
+        sample_quality(split, split, split, search=[random_split(3, (3, 6, 5)).x0])
 
 
 @pytest.mark.usefixtures("quick")
@@ -304,6 +347,12 @@ NOTHING = Split(torch.zeros(0, 1, 6, 5), torch.zeros(0, dtype=torch.long))
         (random_split(2, classes=2), random_split(2, classes=2), random_split(2, classes=2)),
         (CONSTANT, CONSTANT, CONSTANT),
         (Split(random_split(3).x0 * torch.nan), random_split(9), random_split(8)),
+        (Split(random_split(3).x0 * torch.nan), random_split(9), NOTHING),
+        (
+            Split(random_split(3, (3, 48, 40)).x0 * torch.nan),
+            random_split(9, (3, 48, 40)),
+            random_split(2, (3, 48, 40)).at(slice(0)),
+        ),
         (random_split(9, (3, 48, 40)), random_split(30, (3, 48, 40)), random_split(8, (3, 48, 40))),
         (random_split(8, (1, 1, 1)), random_split(9, (1, 1, 1)), random_split(8, (1, 1, 1))),
         (random_split(9, classes=40), random_split(9, classes=2), random_split(9, classes=7)),
@@ -512,6 +561,51 @@ def test_losses_depend_on_the_seed_alone() -> None:
     torch.rand(3)
     assert loss_by_level(model, train, train, draws=1, seed=3) == first
     assert loss_by_level(model, train, train, draws=1, seed=4) != first
+
+
+def blend(share: float, train: Split) -> Estimate:
+    """`share` of the train optimum, the rest of a Gaussian fit."""
+    copy, fit = FiniteSet(train.x0), fit_gaussian(train.x0)
+    return lambda x, level, label: share * copy(x, level, None) + (1 - share) * fit(x, level, None)
+
+
+def test_the_reason_tells_the_share_that_it_was_judged_by(digits: tuple[Split, Split]) -> None:
+    """Above every bar, 0.3 of the way to a copy: not "about equal"."""
+    train, held_out = digits[0].at(slice(400)), digits[1].at(slice(120))
+    # errors of +0.5 at every level make any bar win; they are the same on both sides
+    worse = lambda x, level, label: blend(0.3, train)(x, level, None) + 0.5  # noqa: E731
+    report = loss_by_level(Model(worse), train, held_out, draws=1, ratios=(0.1, 0.3, 0.5))
+    assert report.memorised is not None
+    assert 0.1 < report.memorised < 0.5
+    assert (report.verdict, report.beaten) == ("underfits", ())
+    share = f"training error lies below held-out error by {report.memorised:.0%}"
+    assert share in report.reason
+    assert "about equal" not in report.reason
+
+
+def test_the_reason_tells_a_share_on_the_wrong_side(digits: tuple[Split, Split]) -> None:
+    train, held_out = digits[0].at(slice(400)), digits[1].at(slice(120))
+    swapped = loss_by_level(Model(FiniteSet(held_out.x0)), train, held_out, draws=1)
+    assert swapped.memorised is not None
+    assert swapped.memorised < -0.1
+    assert f"lies above held-out error by {-swapped.memorised:.0%}" in swapped.reason
+
+
+def test_about_equal_is_said_where_it_is_so(wiener: LevelReport) -> None:
+    assert wiener.reason.endswith("training error about equal")
+
+
+def test_nothing_is_said_about_memorising_pictures_that_are_new(
+    digits: tuple[Split, Split],
+) -> None:
+    train, held_out = digits[0].at(slice(400)), digits[1].at(slice(120))
+    copier = Model(FiniteSet(train.x0))
+    report = loss_by_level(copier, train, held_out, draws=1, known=False)
+    assert (report.verdict, report.memorised) == ("underfits", None)
+    assert "training error" not in report.reason
+    known = loss_by_level(copier, train, held_out, draws=1)
+    assert known.verdict == "memorises"
+    assert known.levels == report.levels
 
 
 def test_a_denoiser_that_explodes_is_not_judged() -> None:

@@ -1,8 +1,10 @@
 """The border: pixel values, damaged and hostile files, folders, splits, cache, writing."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -441,10 +443,6 @@ def test_order_suffixes_and_hidden_files(tmp_path: Path) -> None:
         (tmp_path / "tmp.png").rename(tmp_path / name)
     data = load(tmp_path)
     assert sorted(data.train.names + data.held_out.names) == ["Z.png", "a/z.jpg", "b.PNG"]
-    order = np.random.default_rng(0).permutation(3)
-    assert data.train.names + data.held_out.names == tuple(
-        np.array(["Z.png", "a/z.jpg", "b.PNG"])[order]
-    )
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -471,7 +469,7 @@ def test_split_folders(tmp_path: Path) -> None:
     for name in ("train/b/1.png", "train/a/1.png", "train/a/2.png", "test/c/1.png", "extra.png"):
         write(tmp_path / name)
     data = load(tmp_path)
-    assert data.train.names == ("train/a/1.png", "train/a/2.png", "train/b/1.png")
+    assert sorted(data.train.names) == ["train/a/1.png", "train/a/2.png", "train/b/1.png"]
     assert data.held_out.names == ("test/c/1.png",)
     assert data.train.class_names == data.held_out.class_names == ("a", "b", "c")
     assert data.held_out.labels is not None
@@ -550,6 +548,79 @@ def test_a_table_without_labels_is_noted(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert data.train.labels is None
     assert any("no label for every image" in note for note in data.notes)
+
+
+def run_folder(path: Path) -> Path:
+    folder(path / "samples", 2, (16, 16))
+    for name in ("config.json", "run.json"):
+        (path / name).write_text("{}")
+    return path
+
+
+def test_runs_inside_a_folder_are_not_data(tmp_path: Path) -> None:
+    for label in "ab":
+        folder(tmp_path / label, 4)
+    before = load(tmp_path)
+    run_folder(tmp_path / "runs" / "light-001")
+    run_folder(tmp_path / "a" / "runs" / "old" / "light-002")
+    after = load(tmp_path)
+    assert after.fingerprint == before.fingerprint
+    assert sides(after) == sides(before)
+    assert after.train.class_names == ("a", "b")
+    (note,) = set(after.notes) - set(before.notes)
+    assert note == ("2 run folders are not read as data: a/runs/old/light-002/, runs/light-001/.")
+    (tmp_path / "runs" / "light-001" / "run.json").unlink()
+    with pytest.raises(DataError, match="differ in size"):
+        load(tmp_path)
+
+
+def test_a_folder_of_nothing_but_runs(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "light-001")
+    with pytest.raises(DataError, match=r"no files\. 1 run folder is not read as data: light-001/"):
+        load(tmp_path)
+    assert len(load(run / "samples").train.names) == 1  # samples may be data where they are named
+
+
+def test_a_scan_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "train" / "a", 3, (6, 8))
+    folder(tmp_path / "train" / "b", 2, (9, 9))
+    write(tmp_path / "val" / "a" / "x.png", NOISE[..., 0])
+    (tmp_path / "val" / "a" / "bad.png").write_text("no picture")
+    for name in ("a.txt", "b.txt", "c"):
+        (tmp_path / name).write_text("")
+    run_folder(tmp_path / "runs" / "light-001")
+
+    def never(self: ImageFile.ImageFile) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    found = images.scan(tmp_path)
+    assert (found.count, len(found.paths)) == (6, 6)
+    assert found.size is None
+    assert found.sizes == (((6, 8), 4), ((9, 9), 2))
+    assert found.modes == (("RGB", 5), ("L", 1))
+    assert (found.channels, found.bits) == (3, 8)
+    assert found.splits == (5, 1)
+    assert found.classes == (("a", 4), ("b", 2))
+    assert found.ignored == ((".txt", 2), ("without a suffix", 1))
+    assert [one.name for one in found.skipped] == ["val/a/bad.png"]
+    assert "1 run folder is not read as data: runs/light-001/." in found.notes
+    assert any(note.startswith("5 RGB, 1 L: converting all to RGB") for note in found.notes)
+    with pytest.raises(DataError, match="is no folder"):
+        images.scan(tmp_path / "a.txt")
+
+
+def test_a_scan_says_what_load_reads(tmp_path: Path) -> None:
+    for label in "ab":
+        folder(tmp_path / label, 6)
+    rows = "".join(f"{label}/{i:03d}.png,{label}\n" for label in "ab" for i in range(6))
+    (tmp_path / "labels.csv").write_text("file_name,label\n" + rows)
+    found, data = images.scan(tmp_path), load(tmp_path)
+    assert found.count == len(data.train) + len(data.held_out)
+    assert (found.size, found.channels, found.bits) == (data.train.size, 3, 8)
+    assert found.classes == (("a", 6), ("b", 6))
+    assert found.splits is None
+    assert found.ignored == ()  # the table is in use
 
 
 def test_empty_and_missing_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,16 +749,119 @@ def test_deep_sets_are_stored_with_16_bits(tmp_path: Path) -> None:
     assert "1 in 16-bit grey: scaled to 8 bits." in colour.notes
 
 
-@pytest.mark.parametrize(("count", "fraction", "held_out"), [
-    (2, None, 1), (10, None, 1), (11, None, 2), (100, 0.07, 7), (10, 0.99, 9), (10, 0.5, 5),
-])  # fmt: skip
-def test_generic_split(count: int, fraction: float | None, held_out: int) -> None:
-    stack = np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1)
+def sides(data: images.Data) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return data.train.names, data.held_out.names
+
+
+def share(content: bytes) -> float:
+    """A content's place in [0, 1), below which it is held out."""
+    return int(hashlib.sha256(content).hexdigest(), 16) / 2**256
+
+
+@pytest.mark.parametrize("fraction", [None, 0.07, 0.3, 0.5, 0.99])
+def test_arrays_are_split_by_their_contents(fraction: float | None) -> None:
+    stack = np.arange(256, dtype=np.uint8).reshape(-1, 1, 1, 1)
     data = load(stack, DataOptions(val_fraction=fraction))
-    order = np.random.default_rng(0).permutation(count)
-    assert len(data.held_out) == held_out
-    assert data.train.pixels.ravel().tolist() == order[:-held_out].tolist()
-    assert data.held_out.pixels.ravel().tolist() == order[-held_out:].tolist()
+    order = sorted(range(256), key=lambda value: share(bytes([value])))
+    below = [value for value in order if share(bytes([value])) < (fraction or 0.1)]
+    assert 0 < len(below) < 256
+    assert data.held_out.pixels.ravel().tolist() == below
+    assert data.train.pixels.ravel().tolist() == order[len(below) :]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=12), st.floats(0.001, 0.999))
+def test_small_sets_have_both_sides_and_copies_stay_together(
+    values: list[int], fraction: float
+) -> None:
+    stack = np.array(values, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    data = load(stack, DataOptions(val_fraction=fraction))
+    train, held_out = (part.pixels.ravel().tolist() for part in (data.train, data.held_out))
+    assert sorted(train + held_out) == sorted(values)
+    assert train
+    assert held_out
+    if len(set(values)) == 1:
+        assert 1 in (len(train), len(held_out))
+        return
+    assert not set(train) & set(held_out)
+    assert max(share(bytes([v])) for v in held_out) < min(share(bytes([v])) for v in train)
+    if {share(bytes([v])) < fraction for v in values} == {True, False}:
+        assert all(share(bytes([v])) < fraction for v in held_out)
+        assert all(share(bytes([v])) >= fraction for v in train)
+
+
+def test_a_folder_is_split_by_the_files_contents(tmp_path: Path) -> None:
+    folder(tmp_path, 40)
+    data = load(tmp_path, DataOptions(val_fraction=0.3))
+    shares = {path.name: share(path.read_bytes()) for path in tmp_path.iterdir()}
+    order = sorted(shares, key=lambda name: shares[name])
+    border = sum(value < 0.3 for value in shares.values())
+    assert sides(data) == (tuple(order[border:]), tuple(order[:border]))
+
+
+def test_no_other_file_moves_a_picture_between_the_sides(tmp_path: Path) -> None:
+    folder(tmp_path, 40)
+    options = DataOptions(val_fraction=0.4)
+    train, held_out = sides(load(tmp_path, options))
+    for index in range(3):
+        write(tmp_path / f"0{index}-new.png", RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        more = sides(load(tmp_path, options))
+        assert set(train) <= set(more[0])
+        assert set(held_out) <= set(more[1])
+    for name in (train[0], held_out[0]):
+        (tmp_path / name).unlink()
+    fewer = sides(load(tmp_path, options))
+    assert set(train[1:]) <= set(fewer[0])
+    assert set(held_out[1:]) <= set(fewer[1])
+    (tmp_path / train[1]).rename(tmp_path / "zzz.png")
+    assert "zzz.png" in sides(load(tmp_path, options))[0]
+
+
+def test_copies_of_a_picture_are_on_its_side(tmp_path: Path) -> None:
+    folder(tmp_path / "a", 20)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    data = load(tmp_path, DataOptions(val_fraction=0.4))
+    for names in sides(data):
+        assert names[0::2] == tuple(name.replace("b/", "a/") for name in names[1::2])
+
+
+def test_own_splits_are_mixed(tmp_path: Path) -> None:
+    for side in ("train", "val"):
+        for label in "ab":
+            folder(tmp_path / side / label, 16)
+    data = load(tmp_path)
+    for part, top in ((data.train, "train/"), (data.held_out, "val/")):
+        assert all(name.startswith(top) for name in part.names)
+        shares = [share((tmp_path / name).read_bytes()) for name in part.names]
+        assert shares == sorted(shares)
+        assert part.labels is not None
+        assert set(part.labels[:16].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("stack", [None, np.zeros((3, 3, 8, 8), np.uint8)])
+def test_a_set_larger_than_the_memory_is_refused_before_it_is_filled(
+    tmp_path: Path, stack: np.ndarray | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path, 3) if stack is None else stack
+    options = DataOptions(resolution=(100, 200))
+    needed = 3 * 3 * 100 * 200
+
+    def machine_of(pages: int) -> None:
+        said = {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": pages}
+        monkeypatch.setattr(os, "sysconf", said.__getitem__, raising=False)
+
+    machine_of(needed // 4 - 1)
+    with pytest.raises(
+        ResourceError,
+        match=r"^3 pictures of 3x100x200 need 0\.0 GB of memory, this machine has 0\.0 GB: "
+        r"choose a smaller --resolution",
+    ):
+        load(source, options)
+    for enough in (needed // 4, -1):  # -1 is said where it is not known
+        machine_of(enough)
+        assert len(load(source, options).train.names) in (1, 2)
+    monkeypatch.delattr(os, "sysconf")
+    assert len(load(source, options).train.names) in (1, 2)
 
 
 def test_few_pictures_are_noted(tmp_path: Path) -> None:
@@ -764,9 +938,11 @@ def test_tensors_keep_their_values(dtype: torch.dtype) -> None:
     stack = (stack / 128 - 0.5).to(dtype) if dtype.is_floating_point else stack.to(dtype)
     data = load(stack)
     assert data.train.channels == 5
-    order = np.random.default_rng(0).permutation(12)
-    expected = images.to_float(stack)[order[:3]]
-    assert torch.equal(data.train.fixed(3)[0], expected)
+    whole = images.to_float(stack)
+    for part in (data.train, data.held_out):
+        chosen = [int(name.split("/")[1]) for name in part.names]
+        assert torch.equal(part.fixed()[0], whole[chosen])
+    assert len(data.train) + len(data.held_out) == 12
     assert load(data) is data
 
 
@@ -814,16 +990,18 @@ def test_npz(tmp_path: Path) -> None:
     grey, labels = RNG.integers(0, 256, (5, 3, 4), dtype=np.uint8), np.array([2, 0, 1, 1, 0])
     np.savez(tmp_path / "set.npz", images=grey, labels=labels)
     data = load(tmp_path / "set.npz")
-    order = np.random.default_rng(0).permutation(5)
-    assert np.array_equal(data.train.pixels, grey[order[:-1], None])
+    order = sorted(range(5), key=lambda index: share(grey[index].tobytes()))
+    border = max(1, sum(share(picture.tobytes()) < 0.1 for picture in grey))
+    assert np.array_equal(data.train.pixels, grey[order[border:], None])
     assert data.train.labels is not None
-    assert data.train.labels.tolist() == labels[order[:-1]].tolist()
+    assert data.train.labels.tolist() == labels[order[border:]].tolist()
     assert data.train.class_names == ("0", "1", "2")
-    assert data.held_out.names == (f"set/{order[-1]:04d}",)
+    assert data.held_out.names == tuple(f"set/{index:04d}" for index in order[:border])
     colour = RNG.integers(0, 65536, (5, 3, 4, 3), dtype=np.uint16)
     np.savez_compressed(tmp_path / "set.npz", images=colour)
     data = load(str(tmp_path / "set.npz"))
-    assert np.array_equal(data.held_out.pixels, np.moveaxis(colour, -1, 1)[order[-1:]])
+    (index,) = (int(name.split("/")[1]) for name in data.held_out.names[:1])
+    assert np.array_equal(data.held_out.pixels[0], np.moveaxis(colour, -1, 1)[index])
     assert data.train.labels is None
 
 

@@ -4,6 +4,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 import undiffuse
 from undiffuse import images, recipes, runs
 from undiffuse.checkpoint import Checkpoints, Model, load_model, save_model
-from undiffuse.config import RunConfig, Weights, flatten, override
+from undiffuse.config import Device, RunConfig, SampleConfig, Weights, flatten, override
 from undiffuse.denoiser import KarrasPrecond, Velocity
 from undiffuse.errors import (
     CheckpointError,
@@ -29,7 +30,7 @@ from undiffuse.errors import (
     UndiffuseError,
 )
 from undiffuse.noise import Cosine
-from undiffuse.runs import _plan
+from undiffuse.runs import _plan, _real
 from undiffuse.runs._folder import read_metrics, rewind_metrics
 from undiffuse.sampling import SAMPLERS
 from undiffuse.unet import UNet
@@ -43,6 +44,8 @@ QUICK: dict[str, Any] = {
     "device": "cpu",
 }
 TWO_STEPS: dict[str, Any] = {**QUICK, "max_train_steps": 2}
+
+SIDES = ("train", "held_out")
 
 
 def make_plan(one: runs.Request) -> runs.Plan:
@@ -161,7 +164,9 @@ def test_a_run_leaves_the_files_that_are_promised(finished: Path, pictures: Path
     assert config["data"] == str(pictures)
     assert config["preset"] == "small"
     info = json.loads((finished / "run.json").read_text())
-    assert (info["train_images"], info["held_out_images"]) == (21, 3)
+    sides = {side: len(np.load(finished / "cache" / f"{side}.npy")) for side in SIDES}
+    assert {side: info[f"{side}_images"] for side in SIDES} == sides
+    assert sum(sides.values()) == 24 and min(sides.values()) >= 1
     with Image.open(finished / "samples" / "step_00000012.png") as grid:
         assert min(grid.size) >= 16
 
@@ -206,8 +211,6 @@ def test_fit_takes_arrays_too(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
     trained = undiffuse.fit(pixels, output_dir=tmp_path / "run", **QUICK)
     assert trained.spec.classes == 0
-    with pytest.raises(CheckpointError, match="given in Python"):
-        runs.evaluate_run(tmp_path / "run")
 
 
 def test_the_events_come_in_order(tmp_path: Path, pictures: Path) -> None:
@@ -883,3 +886,170 @@ def test_generated_pictures_can_be_saved(model: Model, tmp_path: Path) -> None:
     images.save_grid(undiffuse.generate(model, 3, num_inference_steps=2), tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size[0] >= 48
+
+
+# --- evaluate -----------------------------------------------------------------------------------
+
+HASTY = runs.EvaluateOptions(
+    num_samples=6, draws=1, sampling=SampleConfig(num_inference_steps=1), device=Device.CPU
+)
+
+
+def evaluated(run: Path, **options: Any) -> dict[str, Any]:
+    return runs.evaluate_run(run, replace(HASTY, **options)).body
+
+
+def sides(run: Path) -> tuple[int, int]:
+    """How many pictures the run trained on and held out."""
+    train, held_out = (np.load(run / "cache" / f"{name}.npy") for name in ("train", "held_out"))
+    return len(train), len(held_out)
+
+
+def copy_of(finished: Path, to: Path, **settings: object) -> Path:
+    """Another run with the same model and copy of the pictures, and these settings."""
+    to.mkdir()
+    shutil.copy(finished / "model.safetensors", to)
+    shutil.copytree(finished / "cache", to / "cache")
+    config = json.loads((finished / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | settings))
+    return to
+
+
+def array_run(run: Path, **settings: Any) -> tuple[Path, np.ndarray]:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 3, 8, 8), dtype=np.uint8)
+    undiffuse.fit(pixels, output_dir=run, **TWO_STEPS, **settings)
+    return run, pixels
+
+
+def test_evaluate_says_nothing_where_nothing_is_strange(finished: Path, tmp_path: Path) -> None:
+    body = evaluated(copy_of(finished, tmp_path / "run"))
+    assert body["warnings"] == []
+    train, _ = sides(finished)
+    assert (body["neighbours"]["train"], body["neighbours"]["train_searched"]) == (train, train)
+    assert body["loss"]["judged"] == "without label"
+    assert body["levels"][0]["held_out_labelled"] is not None
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == body
+
+
+def test_evaluate_searches_pictures_that_it_does_not_measure_with(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The neighbours are those of the whole set, and the grid shows them."""
+    run = copy_of(finished, tmp_path / "run")
+    monkeypatch.setattr(_real, "MOST_VALUES", 5 * 3 * 16 * 16)
+    monkeypatch.setattr(_real, "CHUNK_VALUES", 4 * 3 * 16 * 16)
+    outcome = runs.evaluate_run(run, HASTY)
+    assert outcome.body["neighbours"]["train"] == 5
+    assert outcome.body["neighbours"]["train_searched"] == sides(finished)[0] > 5
+    everything = images.load(runs.stored_config(run).data.data).train.fixed()[0]
+    apart = (outcome.samples[:, None] - everything).square().mean((2, 3, 4)).sqrt()
+    pairs = outcome.body["neighbours"]["closest"]
+    assert len(pairs) == 6
+    for place, pair in enumerate(pairs):
+        assert pair["train"] == apart[pair["sample"]].argmin()
+        assert pair["distance"] == pytest.approx(float(apart[pair["sample"]].min()), rel=1e-4)
+        assert outcome.neighbours is not None
+        assert torch.equal(outcome.neighbours[2 * place], outcome.samples[pair["sample"]])
+        assert torch.equal(outcome.neighbours[2 * place + 1], everything[pair["train"]])
+
+
+@pytest.mark.parametrize("chunk", [1, 40 * 60 * 2, 10**9])
+def test_every_crop_of_a_photograph_is_a_picture(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_real, "CHUNK_VALUES", chunk)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 1, 40, 60), dtype=np.uint8)
+    whole = images.Dataset(pixels, np.arange(5), tuple("abcde"), tuple("abcde"), (16, 16), False)
+    crops = _real.Crops.of(whole)
+    assert len(crops) == 5 * 2 * 3
+    chunks = torch.cat(list(crops.chunks()))
+    # `fixed` has all pictures' first crops before the second ones
+    assert torch.equal(chunks, whole.fixed()[0].unflatten(0, (6, 5)).transpose(0, 1).flatten(0, 1))
+    places = [29, 0, 7, 7, 6]
+    some = crops.at(places)
+    assert torch.equal(some.x0, chunks[places])
+    assert some.label is not None
+    assert some.label.tolist() == [4, 0, 1, 1, 1]
+    assert torch.equal(crops.some().x0, chunks)
+    monkeypatch.setattr(_real, "MOST_PICTURES", 10)
+    assert torch.equal(crops.some().x0, chunks[::3])
+
+
+def test_evaluate_notices_that_the_pictures_changed(tmp_path: Path) -> None:
+    folder, run = make_folder(tmp_path / "pictures"), tmp_path / "run"
+    undiffuse.fit(folder, output_dir=run, **TWO_STEPS)
+    assert evaluated(run)["warnings"] == []
+    draw(folder / "ant" / "99.png", 99)
+    (warning,) = evaluated(run)["warnings"]
+    assert warning.startswith("the pictures changed since training: held-out ones may have been")
+    assert evaluated(run, data=str(folder / ".." / "pictures"))["warnings"] == [warning]
+    assert evaluated(run / "model.safetensors", data=str(folder))["warnings"] == [warning]
+    assert evaluated(run)["loss"]["memorised"] is not None
+
+
+def test_evaluate_notices_pictures_of_another_place(finished: Path, tmp_path: Path) -> None:
+    run = copy_of(finished, tmp_path / "run")
+    other = make_folder(tmp_path / "other", 27)
+    body = evaluated(run, data=str(other))
+    (warning,) = body["warnings"]
+    assert warning.startswith("not the pictures this model was trained on: 'train' and")
+    assert body["loss"]["memorised"] is None
+    assert "training error" not in body["reason"]
+    assert body["levels"][0]["held_out_labelled"] is not None  # the classes are the same
+
+
+def test_evaluate_reads_the_same_place_as_training_did(tmp_path: Path, pictures: Path) -> None:
+    """The held-out pictures stay the same ones."""
+    run = tmp_path / "run"
+    undiffuse.fit(pictures, output_dir=run, **TWO_STEPS, val_fraction=0.5, random_flip=True)
+    body = evaluated(run, data=str(pictures))
+    assert body["warnings"] == []
+    assert (body["neighbours"]["train"], body["neighbours"]["held_out"]) == sides(run)
+
+
+def test_evaluate_does_not_take_other_classes_for_its_own(finished: Path, tmp_path: Path) -> None:
+    run = copy_of(finished, tmp_path / "run")
+    other = make_folder(tmp_path / "other", 27)
+    (other / "cat").rename(other / "dog")
+    strange, classes = evaluated(run, data=str(other))["warnings"]
+    assert "not the pictures" in strange
+    assert "other classes (ant, bee, dog) than the model (ant, bee, cat)" in classes
+    (other / "dog").rename(other / "cat")
+    for number in range(6):
+        draw(other / "dog" / f"{number}.png", number)  # one class more: its label is no label
+    body = evaluated(run, data=str(other))
+    assert "(ant, bee, cat, dog) than the model (ant, bee, cat)" in body["warnings"][1]
+    assert body["levels"][0]["held_out_labelled"] is None
+    assert "no classes" in body["figures"][0]["warning"]
+
+
+def test_evaluate_uses_the_copy_of_pictures_given_in_python(tmp_path: Path) -> None:
+    run, pixels = array_run(tmp_path / "run", val_fraction=0.2)
+    body = evaluated(run)
+    assert body["warnings"] == []
+    assert (body["neighbours"]["train"], body["neighbours"]["held_out"]) == sides(run)
+    np.savez(tmp_path / "same.npz", images=np.moveaxis(pixels, 1, -1))
+    np.savez(tmp_path / "other.npz", images=np.moveaxis(255 - pixels, 1, -1))
+    again = evaluated(run, data=str(tmp_path / "same.npz"))
+    assert again["figures"] == body["figures"]
+    assert again["warnings"] == []
+    (warning,) = evaluated(run, data=str(tmp_path / "other.npz"))["warnings"]
+    assert "not the pictures" in warning
+    shutil.rmtree(run / "cache")
+    with pytest.raises(CheckpointError, match="was trained on pictures given in Python"):
+        evaluated(run)
+
+
+def test_evaluate_uses_the_copy_of_pictures_that_are_gone(finished: Path, tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    run = copy_of(finished, tmp_path / "run", data=gone)
+    body = evaluated(run)
+    assert body["warnings"] == [
+        f"{gone} is not there any more: its copy in {run / 'cache'} is used"
+    ]
+    assert body["neighbours"]["train"] == sides(run)[0]
+    index = run / "cache" / "cache.json"
+    index.write_text(index.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(DataError, match="--data") as refused:  # a copy of other pictures
+        evaluated(run)
+    assert gone in str(refused.value)

@@ -3,7 +3,6 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from undiffuse import runs
 from undiffuse.cli._arguments import Arguments
@@ -38,19 +37,14 @@ def _demo_request(run: Path, config: RunConfig) -> runs.Request:
     if not (run / "config.json").exists():
         return runs.Request(config, run)
     stored = runs.stored_config(run)
-    wanted, there = _told_apart(config), _told_apart(stored)
-    for name in wanted:
-        if wanted[name] != there[name]:
+    there = flatten(stored)
+    for name, value in flatten(config).items():
+        if value is not None and value != there[name]:  # None: the run has settled it
             raise ConfigError(
-                f"{run} holds a run with {name} {there[name]}, this one has {wanted[name]};"
+                f"{run} holds a run with {name} {there[name]}, this one has {value};"
                 " choose another --output-dir"
             )
     return runs.Request(stored, run, resume="latest")
-
-
-def _told_apart(config: RunConfig) -> dict[str, Any]:
-    """All settings but the preset, which a stored run has settled."""
-    return {name: value for name, value in flatten(config).items() if name != "preset"}
 
 
 def _after(run: Path, out: Output, began: float, finished: runs.Finished) -> int:

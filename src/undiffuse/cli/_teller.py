@@ -1,6 +1,7 @@
 """The events of a training run in words."""
 
 from collections.abc import Iterator
+from threading import Timer
 
 import torch
 
@@ -8,6 +9,7 @@ from undiffuse import __version__, cost, runs
 from undiffuse.cli._output import Bar, Output, count_of, duration
 from undiffuse.training import StepReport
 
+ANNOUNCED_AFTER = 2.0  # seconds: what is done sooner needs no words
 LOSS_EVERY = 20  # steps; reading a loss makes a GPU wait
 
 
@@ -20,6 +22,7 @@ class Teller:
         self.last: runs.Event | None = None
         self.bar: Bar | None = None
         self.reports = 0
+        self.quick = Timer(0, lambda: None)
 
     @property
     def planned(self) -> runs.Plan:
@@ -28,13 +31,14 @@ class Teller:
 
     def hear(self, event: runs.Event) -> None:
         self.last = event
+        self.quick.cancel()
         match event:
             case runs.Planned(plan):
                 self.plan = plan
                 for line in _introduction(plan):
                     self.out.tell(line)
             case runs.Doing(text):
-                self.out.tell(text)
+                self._announce(text)
             case runs.Note(text):
                 self.out.warn(text)
             case runs.Progress(report):
@@ -45,8 +49,15 @@ class Teller:
                 pass
 
     def close(self) -> None:
+        self.quick.cancel()
         if self.bar is not None:
             self.bar.close()
+
+    def _announce(self, text: str) -> None:
+        """Say what is being done, unless it is done at once."""
+        self.quick = Timer(ANNOUNCED_AFTER, self.out.tell, [text])
+        self.quick.daemon = True
+        self.quick.start()
 
     def _progress(self, report: StepReport) -> None:
         if self.bar is None:

@@ -26,10 +26,11 @@ from undiffuse.evaluation._measures import (
     frechet_floor,
     precision_recall,
 )
-from undiffuse.evaluation._quality import Figure, Pair, SampleReport, sample_quality
+from undiffuse.evaluation._quality import FIGURES, Figure, Pair, SampleReport, sample_quality
 from undiffuse.evaluation._split import Split
 
 __all__ = [
+    "FIGURES",
     "RATIOS",
     "SCHEMA",
     "Features",

@@ -82,8 +82,9 @@ class LevelReport:
 
     `judged` is "without label" or "with label". `nats_per_value` is the sum of gap / ratio^2 times
     the step in ln ratio. `memorised` is 0 for a denoiser that treats training and held-out pictures
-    alike and 1 for the train optimum. `verdict` is "learned", "partly learned", "underfits",
-    "overfits", "memorises" or "not measured"; `reason` says it in a sentence.
+    alike and 1 for the train optimum, None where that cannot be told. `verdict` is "learned",
+    "partly learned", "underfits", "overfits", "memorises" or "not measured"; `reason` says it in a
+    sentence.
     """
 
     levels: tuple[LevelResult, ...]
@@ -113,6 +114,7 @@ def loss_by_level(
     seed: int = 0,
     batch_size: int = 256,
     ratios: Sequence[float] = RATIOS,
+    known: bool = True,
     labelled: bool = False,
     null: bool = True,
     device: torch.device | str = "cpu",
@@ -126,9 +128,11 @@ def loss_by_level(
 
     Args:
         denoiser: its network in evaluation mode.
-        train: the pictures it was trained on; the bars are fitted to them.
+        train: the pictures it was trained on, or some of them; the bars are fitted to them.
         draws: noise per picture and level.
         ratios: values of sigma / alpha; those outside the schedule's range are left out.
+        known: the denoiser was trained on `train`. Otherwise both splits are new to it, and
+            nothing is said about memorising.
         labelled: the denoiser takes the splits' labels.
         null: it may be called without label. Without null it is judged with labels, and its bar
             may use them too.
@@ -148,12 +152,12 @@ def loss_by_level(
     bars = fit_bars(train, seed)
     limit = min(MOST_PICTURES, max(FEWEST, MOST_VALUES // train.x0[0].numel()))
     unseen = at_most(held_out, limit, seed, tag=11)
-    known = at_most(bars.pictures, len(unseen), seed, tag=12)
+    trained = at_most(bars.pictures, len(unseen), seed, tag=12)
     labels = labelled and unseen.label is not None
-    total = len(levels) * draws * (len(unseen) * (int(labels) + int(null)) + len(known))
+    total = len(levels) * draws * (len(unseen) * (int(labels) + int(null)) + len(trained))
     watched = _watched(denoiser, total, progress)
     models = _models(watched, batch_size, device, labels, null)
-    job = _Job(models, bars, known, unseen, draws, seed)
+    job = _Job(models, bars, trained, unseen, draws, seed, known)
     measured = [_measure(job, place, level) for place, level in enumerate(levels)]
     return _report(job, measured, _notes(job, len(held_out), len(ratios) - len(levels)))
 
@@ -241,6 +245,7 @@ class _Job:
     held_out: Split
     draws: int
     seed: int
+    known: bool
 
     @property
     def judged(self) -> str:
@@ -338,7 +343,7 @@ def _report(job: _Job, measured: list[_Measured], notes: tuple[str, ...]) -> Lev
     nats = _interval(np.sum(gaps, axis=0), job.seed)
     levels = tuple(_result(job, m) for m in measured)
     beaten = tuple(level.ratio for level in levels if level.gap.value < 0)
-    memorised = _memorised(levels, measured, job.judged)
+    memorised = _memorised(levels, measured, job.judged) if job.known else None
     verdict, reason = _verdict(levels, beaten, nats, memorised)
     return LevelReport(
         levels=levels,
@@ -440,13 +445,23 @@ def _verdict(
         return "not measured", "the denoiser's estimates are not finite"
     share = 0.0 if memorised is None else memorised
     surely = any((level.train_minus_held_out.high or 0.0) < 0 for level in levels)
-    apart = f"training error lies below held-out error by {share:.0%} of what a copy of the set has"
     if share >= 0.5:
-        return "memorises", f"{apart}; {score}"
+        return "memorises", f"{_apart(share)}; {score}"
     if share >= 0.1 and surely and beaten:
-        return "overfits", f"{apart}; {score}"
+        return "overfits", f"{_apart(share)}; {score}"
+    reason = score if memorised is None else f"{score}, {_apart(share)}"
     if len(beaten) == len(levels):
-        return "learned", f"{score}, training error about equal"
+        return "learned", reason
     if 2 * len(beaten) >= len(levels):
-        return "partly learned", score
-    return "underfits", f"{score}, training error about equal"
+        return "partly learned", reason
+    return "underfits", reason
+
+
+def _apart(share: float) -> str:
+    if abs(share) < 0.1:
+        return "training error about equal"
+    side = "below" if share > 0 else "above"
+    return (
+        f"training error lies {side} held-out error by {abs(share):.0%} of what a copy of the set"
+        " has"
+    )

@@ -1,6 +1,7 @@
 """Distances between two sets of points, as plain functions of float64 arrays (n, d)."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -92,40 +93,91 @@ class Neighbours(NamedTuple):
     distance: Points
     ratio: Points
 
+    def at(self, places: slice) -> "Neighbours":
+        """Those of the queries at these places."""
+        return Neighbours(self.place[places], self.distance[places], self.ratio[places])
+
+
+class Search(NamedTuple):
+    """What was found among `searched` pictures; nothing where fewer than two are distinct."""
+
+    found: Neighbours | None
+    searched: int
+
 
 CANDIDATES = 4  # found in float32 by one matrix product, then measured again without cancellation
 
 
-def nearest(queries: NDArray[np.float32], pictures: NDArray[np.float32]) -> Neighbours:
-    """The two nearest of `pictures` (m, d), at least two and no two alike, to each query (n, d).
+def nearest(queries: NDArray[np.float32], chunks: Iterable[NDArray[np.float32]]) -> Search:
+    """The two nearest distinct pictures to each query (n, d), n >= 0.
 
     The ratio d1 / d2 is small for a copy alone: between two real neighbours a new picture is about
     as far from one as from the other. An exact copy has ratio 0.
+
+    Args:
+        chunks: of pictures (m, d), read once, one at a time; places count on from one to the next.
     """
-    parts = [_nearest_of_block(block, pictures) for block in _blocks(queries, len(pictures))]
-    return Neighbours(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    seen: set[bytes] = set()
+    searched, best = 0, _Two.none(len(queries))
+    for chunk in chunks:
+        new = _unseen(chunk, seen)
+        if len(new):
+            best = best.or_nearer(_two_nearest(queries, chunk[new], new + searched))
+        searched += len(chunk)
+    return Search(best.neighbours() if len(seen) >= 2 else None, searched)
+
+
+class _Two(NamedTuple):
+    """Places and distances of the two nearest pictures so far, (n, 2); infinity where none is."""
+
+    place: NDArray[np.int64]
+    distance: Points
+
+    @staticmethod
+    def none(count: int) -> "_Two":
+        return _Two(np.zeros((count, 2), np.int64), np.full((count, 2), np.inf))
+
+    def or_nearer(self, other: "_Two") -> "_Two":
+        place = np.concatenate([self.place, other.place], 1)
+        distance = np.concatenate([self.distance, other.distance], 1)
+        rank = np.argsort(distance, axis=1, kind="stable")[:, :2]
+        return _Two(np.take_along_axis(place, rank, 1), np.take_along_axis(distance, rank, 1))
+
+    def neighbours(self) -> Neighbours:
+        first, second = self.distance.T
+        ratio = first / np.maximum(second, np.finfo(np.float64).tiny)
+        return Neighbours(self.place[:, 0], first, ratio)
+
+
+def _two_nearest(
+    queries: NDArray[np.float32], pictures: NDArray[np.float32], places: NDArray[np.int64]
+) -> _Two:
+    parts = [_two_of_block(block, pictures, places) for block in _blocks(queries, len(pictures))]
+    return _Two(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _blocks(queries: NDArray[np.float32], width: int) -> Iterator[NDArray[np.float32]]:
     rows = max(1, (1 << 24) // max(1, width))  # 64 MiB of distances at a time
-    return (queries[start : start + rows] for start in range(0, len(queries), rows))
+    starts = range(0, max(1, len(queries)), rows)  # at least one block, of nothing perhaps
+    return (queries[start : start + rows] for start in starts)
 
 
-def _nearest_of_block(block: NDArray[np.float32], pictures: NDArray[np.float32]) -> Neighbours:
+def _two_of_block(
+    block: NDArray[np.float32], pictures: NDArray[np.float32], places: NDArray[np.int64]
+) -> _Two:
     count = min(CANDIDATES, len(pictures))
     rough = np.square(pictures).sum(1) - 2 * (block @ pictures.T)
-    places = np.argpartition(rough, count - 1, axis=1)[:, :count]
-    apart = pictures[places].astype(np.float64) - block[:, None].astype(np.float64)
-    distances = np.sqrt(np.square(apart).sum(2))
-    rank = np.argsort(distances, axis=1, kind="stable")
-    places, distances = (np.take_along_axis(v, rank, 1) for v in (places, distances))
-    ratio = distances[:, 0] / np.maximum(distances[:, 1], np.finfo(np.float64).tiny)
-    return Neighbours(places[:, 0], distances[:, 0], ratio)
+    rows = np.argpartition(rough, count - 1, axis=1)[:, :count]
+    apart = pictures[rows].astype(np.float64) - block[:, None].astype(np.float64)
+    return _Two.none(len(block)).or_nearer(_Two(places[rows], np.sqrt(np.square(apart).sum(2))))
 
 
-def distinct(pictures: NDArray[np.float32]) -> NDArray[np.int64]:
+def _unseen(pictures: NDArray[np.float32], seen: set[bytes]) -> NDArray[np.int64]:
     """Places of the first picture of each kind; copies within the set would make d1 = d2."""
-    first: dict[bytes, int] = {}
+    kept: list[int] = []
     for place, picture in enumerate(pictures):
-        first.setdefault(picture.tobytes(), place)
-    return np.fromiter(first.values(), dtype=np.int64)
+        mark = hashlib.blake2b(picture.tobytes(), digest_size=16).digest()
+        if mark not in seen:
+            seen.add(mark)
+            kept.append(place)
+    return np.array(kept, dtype=np.int64)

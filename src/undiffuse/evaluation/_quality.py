@@ -6,12 +6,12 @@ blind to, and the neighbour ratio is always there.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,7 +29,6 @@ from undiffuse.evaluation._measures import (
     Points,
     PrecisionRecall,
     covariance_spectrum,
-    distinct,
     frechet_distance,
     frechet_floor,
     nearest,
@@ -46,6 +45,16 @@ FEW_HELD_OUT = 50  # below this every floor is rough
 FEW_TRAIN = 100  # below this, or with fewer than 10 per class, no classifier is fitted
 COPY_RATIO = 1 / 3
 CLOSEST = 16
+FIGURES = (  # the names of all figures; those in features need classes
+    "class_accuracy",
+    "frechet",
+    "precision",
+    "recall",
+    "frechet_pca",
+    "precision_pca",
+    "recall_pca",
+    "copies",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Pair:
-    """A sample and its nearest training picture, by their places in the sets given.
+    """A sample and its nearest training picture, by their places in `samples` and `search`.
 
     `distance` is the root mean square over pixels; `ratio` is d1 / d2.
     """
@@ -82,12 +91,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """All figures, and the 16 samples that are nearest to a copy (smallest d1 / d2)."""
+    """All figures, and the 16 samples that are nearest to a copy (smallest d1 / d2).
+
+    `train` pictures were measured with, and copies were looked for among `train_searched`.
+    """
 
     figures: tuple[Figure, ...]
     closest: tuple[Pair, ...]
     samples: int
     train: int
+    train_searched: int
     held_out: int
     not_finite: int
 
@@ -103,6 +116,7 @@ def sample_quality(
     *,
     seed: int = 0,
     features: Features | None = None,
+    search: Iterable[Float[Tensor, "n c h w"]] | None = None,
 ) -> SampleReport:
     """Class accuracy, Fréchet distance, precision, recall and near copies, with their floors.
 
@@ -112,10 +126,12 @@ def sample_quality(
     a measure give a figure without value and a warning, never an error.
 
     Args:
-        train: the pictures the samples' generator was trained on.
+        train: the pictures the samples' generator was trained on, or some of them.
         held_out: pictures it has not seen.
         seed: of the classifier and of all random subsets.
         features: used in place of the classifier.
+        search: where copies are looked for: all training pictures in chunks, read once, one at a
+            time, so that they need not fit into memory together. None: `train`.
 
     Raises:
         DataError: there are no samples or no training pictures, or their shapes differ.
@@ -126,13 +142,14 @@ def sample_quality(
     check_same_shape(held_out, train, "held-out pictures")
     finite, places = _finite(samples.on_cpu())
     sets = _Sets(_clipped(finite), train.on_cpu(), held_out.on_cpu(), seed)
-    copies, pairs = _copies(sets, places)
+    copies, pairs, searched = _copies(sets, places, [train.x0] if search is None else search)
     figures = [_class_accuracy(sets), *_in_features(sets, features), copies]
     return SampleReport(
         figures=tuple(_with_set_warning(figure, sets) for figure in figures),
         closest=pairs,
         samples=len(samples),
         train=len(train),
+        train_searched=searched,
         held_out=len(held_out),
         not_finite=len(samples) - len(finite),
     )
@@ -368,41 +385,51 @@ def _share(
 # --- copies -------------------------------------------------------------------------------------
 
 
-def _copies(sets: _Sets, places: Tensor) -> tuple[Figure, tuple[Pair, ...]]:
+def _copies(
+    sets: _Sets, places: Tensor, search: Iterable[Tensor]
+) -> tuple[Figure, tuple[Pair, ...], int]:
     """Share of samples with d1 / d2 < 1/3; `places` are the samples' places as given."""
-    pictures = flat(sets.train.x0)
-    kept = distinct(pictures)
-    if len(kept) < 2 or not len(sets.samples):
-        why = "no finite samples" if len(kept) >= 2 else "fewer than 2 distinct training pictures"
-        return _unmeasured("copies", "lower", _PIXELS, why), ()
-    made = nearest(flat(sets.samples.x0), pictures[kept])
-    value, floor, std = _share_below(made.ratio), None, None
+    made = len(sets.samples)
+    queries = np.concatenate([flat(sets.samples.x0), flat(sets.held_out.x0)])
+    found, searched = nearest(queries, _rows(search, sets.train))
+    if found is None or not made:
+        why = "no finite samples" if found else "fewer than 2 distinct training pictures"
+        return _unmeasured("copies", "lower", _PIXELS, why), (), searched
+    value, floor, std = _share_below(found.at(slice(made)).ratio), None, None
     if len(sets.held_out):
-        unseen = nearest(flat(sets.held_out.x0), pictures[kept]).ratio
-        floor = _share_below(unseen)
-        std = _share_std(floor, len(unseen))
-    figure = Figure("copies", value, floor, std, "lower", len(made.ratio), _PIXELS, _COPIES_NOTE)
+        floor = _share_below(found.at(slice(made, None)).ratio)
+        std = _share_std(floor, len(sets.held_out))
+    note = _COPIES_NOTE.format(searched)
+    figure = Figure("copies", value, floor, std, "lower", made, _PIXELS, note)
     if floor is None:
         figure = _warned(figure, "no held-out pictures, so no floor")
-    return figure, _closest(made, places, torch.from_numpy(kept), pictures.shape[1])
+    closest = _closest(found.at(slice(made)), places, queries.shape[1])
+    return figure, closest, searched
 
 
 _COPIES_NOTE = (
-    "share with d1/d2 < 1/3 to the two nearest distinct training pictures; blind to all but copies,"
-    " and to copies that were shifted or mirrored"
+    "share with d1/d2 < 1/3 to the two nearest distinct ones of {:,} training pictures; blind to"
+    " all but copies, and to copies that were shifted or mirrored"
 )
+
+
+def _rows(search: Iterable[Tensor], train: Split) -> Iterator[NDArray[np.float32]]:
+    for chunk in search:
+        part = Split(chunk).on_cpu()
+        check_same_shape(part, train, "pictures to search")
+        yield flat(part.x0)
 
 
 def _share_below(ratio: Points) -> float:
     return float((ratio < COPY_RATIO).mean())
 
 
-def _closest(made: Neighbours, places: Tensor, kept: Tensor, values: int) -> tuple[Pair, ...]:
+def _closest(made: Neighbours, places: Tensor, values: int) -> tuple[Pair, ...]:
     order = np.lexsort((made.distance, made.ratio))[:CLOSEST]
     return tuple(
         Pair(
             sample=int(places[i]),
-            train=int(kept[made.place[i]]),
+            train=int(made.place[i]),
             distance=float(made.distance[i]) / math.sqrt(values),
             ratio=float(made.ratio[i]),
         )

@@ -10,11 +10,12 @@ colour profiles and gamma chunks are ignored (values are taken as sRGB), and 16 
 grey pictures. Every such case is counted in ``Data.notes``.
 """
 
-from undiffuse.images._cache import save_cache
+from undiffuse.images._cache import load_cache, save_cache
 from undiffuse.images._dataset import Data, Dataset, Skipped
 from undiffuse.images._decode import SUFFIXES, read
 from undiffuse.images._options import DataOptions, OnBadImage
 from undiffuse.images._pixels import to_float, to_uint8, to_uint16
+from undiffuse.images._scan import Scan, scan
 from undiffuse.images._sources import load
 from undiffuse.images._write import encode_png, grid, save_film, save_grid, save_image
 
@@ -24,15 +25,18 @@ __all__ = [
     "DataOptions",
     "Dataset",
     "OnBadImage",
+    "Scan",
     "Skipped",
     "encode_png",
     "grid",
     "load",
+    "load_cache",
     "read",
     "save_cache",
     "save_film",
     "save_grid",
     "save_image",
+    "scan",
     "to_float",
     "to_uint8",
     "to_uint16",

@@ -28,14 +28,16 @@ from undiffuse.images._decode import (
 )
 from undiffuse.images._folder import Listing, Picture, list_folder, listed_names, printable
 from undiffuse.images._options import LARGEST, DataOptions, OnBadImage, checked_colour
+from undiffuse.images._pixels import Pixels, allocate
 from undiffuse.images._plan import (
+    SPLIT_ENTRY,
     Plan,
-    allocate,
+    by_content,
     canvas_of,
     few_notes,
     fingerprint,
+    held_out_of,
     needs_resolution,
-    split,
 )
 
 _T = TypeVar("_T")
@@ -64,14 +66,14 @@ def plan_folder(root: Path, options: DataOptions) -> Plan:
         )
     listing = list_folder(root)
     with pillow_warnings():
-        inspected = _in_threads(_inspect, listing.pictures)
+        inspected = in_threads(_inspect, listing.pictures)
     entries = [
         (os.fsencode(one.picture.name).hex(), one.length, one.content, one.picture.label)
         for one in inspected
     ]
     missing = [(skipped.name, skipped.reason) for skipped in listing.skipped]
     return Plan(
-        fingerprint([*entries, *missing], options),
+        fingerprint([SPLIT_ENTRY, *entries, *missing], options),
         lambda: _Folder(root, listing, inspected, options).build(),
     )
 
@@ -102,21 +104,15 @@ class _Folder:
             if isinstance(one.found, str)
         ]
         self._refuse(skipped)
-        readable = [
-            (one.picture, one.found) for one in self.inspected if not isinstance(one.found, str)
-        ]
-        headers = [found for _, found in readable]
+        readable = [one for one in self.inspected if not isinstance(one.found, str)]
+        headers = [one.found for one in readable if not isinstance(one.found, str)]
         target = self._target(headers)
-        training, held_out = (
-            self._decoded(part, target, skipped)
-            for part in _sides([picture for picture, _ in readable], self.options)
-        )
-        if not len(training) or not len(held_out):
-            training = held_out = training if len(training) else held_out
-        self._refuse(skipped, left=len(training))
+        pixels, good = self._decoded(_in_order(readable), target, skipped)
+        self._refuse(skipped, left=len(good))
+        border = _held_out(good, self.options) % len(good)  # all or none: both sides are the whole
         return Data(
-            train=training,
-            held_out=held_out,
+            train=self._dataset(pixels[border:], good[border:]),
+            held_out=self._dataset(pixels[: border or None], good[: border or None]),
             source=f"{printable(str(self.root))} ({self._good(skipped):,} images)",
             attribution="",
             fingerprint="",
@@ -145,12 +141,8 @@ class _Folder:
             )
 
     def _target(self, headers: Sequence[Header]) -> Target:
-        grey = all(found.grey for found in headers)
-        channels = self.options.channels or (1 if grey else 3)
-        deep = channels == 1 and any(found.deep for found in headers)
         size = self.options.resolution or self._common_size(headers)
-        canvas = canvas_of(size, self.options.random_crop)
-        return Target(channels, deep, canvas, checked_colour(self.options.background))
+        return target_of(headers, size, self.options)
 
     def _common_size(self, headers: Sequence[Header]) -> tuple[int, int]:
         root = printable(str(self.root))
@@ -165,38 +157,41 @@ class _Folder:
         return height, width
 
     def _decoded(
-        self, pictures: Sequence[Picture], target: Target, skipped: list[Skipped]
-    ) -> Dataset:
+        self, inspected: Sequence[_Inspected], target: Target, skipped: list[Skipped]
+    ) -> tuple[Pixels, list[_Inspected]]:
         """Decode in place; what fails is added to ``skipped`` and closed up."""
         assert target.size is not None
         dtype = np.dtype(np.uint16 if target.deep else np.uint8)
-        pixels = allocate((len(pictures), target.channels, *target.size), dtype)
+        pixels = allocate((len(inspected), target.channels, *target.size), dtype)
 
         def fill(index: int) -> str | None:
             try:
-                pixels[index] = decode(pictures[index].path, target)
+                pixels[index] = decode(inspected[index].picture.path, target)
             except BadImage as error:
                 return str(error)
             return None
 
         with pillow_warnings():
-            reasons = _in_threads(fill, range(len(pictures)))
+            reasons = in_threads(fill, range(len(inspected)))
         skipped += [
-            Skipped(printable(picture.name), reason)
-            for picture, reason in zip(pictures, reasons, strict=True)
+            Skipped(printable(one.picture.name), reason)
+            for one, reason in zip(inspected, reasons, strict=True)
             if reason is not None
         ]
         kept = [index for index, reason in enumerate(reasons) if reason is None]
         for place, index in enumerate(kept):
             if place != index:
                 pixels[place] = pixels[index]
-        good = [pictures[index] for index in kept]
+        return pixels[: len(kept)], [inspected[index] for index in kept]
+
+    def _dataset(self, pixels: Pixels, inspected: Sequence[_Inspected]) -> Dataset:
+        pictures = [one.picture for one in inspected]
         return Dataset(
-            pixels=pixels[: len(kept)],
-            labels=self._labels(good),
+            pixels=pixels,
+            labels=self._labels(pictures),
             class_names=self.listing.class_names,
-            names=tuple(printable(picture.name) for picture in good),
-            size=self.options.resolution or target.size,
+            names=tuple(printable(picture.name) for picture in pictures),
+            size=self.options.resolution or (pixels.shape[2], pixels.shape[3]),
             flip=self.options.random_flip,
         )
 
@@ -209,7 +204,7 @@ class _Folder:
     def _notes(
         self, headers: Sequence[Header], target: Target, skipped: Sequence[Skipped]
     ) -> tuple[str, ...]:
-        notes = [*self.listing.notes, *_reading_notes(headers, target, self.options.background)]
+        notes = [*self.listing.notes, *reading_notes(headers, target, self.options.background)]
         if skipped:
             notes.append(
                 f"Skipped {len(skipped):,} of {self._total():,} images: {_why(skipped)}. "
@@ -218,18 +213,31 @@ class _Folder:
         return (*notes, *few_notes(self._good(skipped)))
 
 
-def _sides(
-    pictures: Sequence[Picture], options: DataOptions
-) -> tuple[list[Picture], list[Picture]]:
-    """Training and held-out pictures: the folder's own splits, or a permutation."""
-    held_out = [picture for picture in pictures if picture.held_out]
-    if held_out or any(picture.held_out is False for picture in pictures):
-        return [picture for picture in pictures if not picture.held_out], held_out
-    first, second = split(len(pictures), options.val_fraction or 0.1)
-    return [pictures[i] for i in first], [pictures[i] for i in second]
+def target_of(
+    headers: Sequence[Header], size: tuple[int, int] | None, options: DataOptions
+) -> Target:
+    """Grey if all pictures are, 16 bits if one has them; ``size`` is None where it is open."""
+    channels = options.channels or (1 if all(found.grey for found in headers) else 3)
+    deep = channels == 1 and any(found.deep for found in headers)
+    canvas = None if size is None else canvas_of(size, options.random_crop)
+    return Target(channels, deep, canvas, checked_colour(options.background))
 
 
-def _in_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+def _in_order(inspected: Sequence[_Inspected]) -> list[_Inspected]:
+    """By the contents' hashes, so that the first few are of all classes; held-out ones first."""
+    mixed = [inspected[index] for index in by_content([one.content for one in inspected])]
+    return sorted(mixed, key=lambda one: not one.picture.held_out)
+
+
+def _held_out(ordered: Sequence[_Inspected], options: DataOptions) -> int:
+    """How many come first that are held out, by the folder's own splits or by their contents."""
+    own = [one.picture.held_out for one in ordered if one.picture.held_out is not None]
+    if own:
+        return sum(own)
+    return held_out_of([one.content for one in ordered], options.val_fraction or 0.1)
+
+
+def in_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
     """``work`` on every item, in order. Pillow decodes outside the interpreter's lock."""
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
         return list(pool.map(work, items))
@@ -239,7 +247,7 @@ def _why(skipped: Sequence[Skipped]) -> str:
     return listed_names([f"{one.name} ({one.reason})" for one in skipped])
 
 
-def _reading_notes(headers: Sequence[Header], target: Target, background: str) -> list[str]:
+def reading_notes(headers: Sequence[Header], target: Target, background: str) -> list[str]:
     """How pictures were changed on the way in, each with the number of them."""
 
     def count(chosen: Callable[[Header], bool]) -> int:

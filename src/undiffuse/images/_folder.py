@@ -1,5 +1,5 @@
 """Which pictures lie in a folder, and how they are split and labelled. Nothing is opened here
-but tables; the order is that of the path's bytes, whatever the file system says."""
+but tables; the listing is in the order of the path's bytes, whatever the file system says."""
 
 import csv
 import io
@@ -20,6 +20,8 @@ from undiffuse.images._decode import SUFFIXES, BadImage, open_regular
 
 TABLES = ("metadata.csv", "metadata.jsonl", "labels.csv")
 _HELD_OUT = ("val", "valid", "validation", "test")
+_RUN = {"config.json", "run.json"}
+"""Files by which a run's folder is known; its pictures are drawn, not data."""
 _NAMED = 5
 
 
@@ -41,6 +43,8 @@ class Listing:
     pictures: tuple[Picture, ...]
     class_names: tuple[str, ...]
     skipped: tuple[Skipped, ...]
+    ignored: tuple[tuple[str, int], ...]
+    """Suffixes of files that are neither pictures nor tables in use, most common first."""
     notes: tuple[str, ...]
 
 
@@ -50,6 +54,7 @@ class _Found:
     tables: list[str]
     others: Counter[str]
     skipped: list[Skipped]
+    runs: list[str]
 
 
 def list_folder(root: Path) -> Listing:
@@ -57,12 +62,14 @@ def list_folder(root: Path) -> Listing:
 
     Labels come from a table (``metadata.csv``, ``metadata.jsonl`` or ``labels.csv`` with columns
     file_name and label) or else from two or more sub-folders. ``train/`` beside ``val/`` or
-    ``test/`` are splits; with both, ``val/`` is held out. Raises DataError.
+    ``test/`` are splits; with both, ``val/`` is held out. Sub-folders that are runs are left alone.
+    Raises DataError.
     """
     found = _scan(root)
     if not found.pictures and not found.skipped:
-        raise DataError(_nothing(root, found.others))
+        raise DataError(_nothing(root, found))
     pictures, tops, notes = _split(found.pictures)
+    notes = [*_run_notes(found.runs), *notes]
     tables = _chosen_tables(found.tables, tops)
     listed, skipped = _from_tables(root, pictures, tables) if tables else (pictures, [])
     if not tables:
@@ -71,7 +78,14 @@ def list_folder(root: Path) -> Listing:
         notes.append(f"{', '.join(tables)} has no label for every image: training without classes.")
         listed = [replace(picture, label=None) for picture in listed]
     names = _sorted_names({picture.label for picture in listed if picture.label is not None})
-    return Listing(tuple(listed), names, tuple(found.skipped + skipped), tuple(notes))
+    ignored = found.others - Counter(posixpath.splitext(table)[1] for table in tables)
+    return Listing(
+        pictures=tuple(listed),
+        class_names=names,
+        skipped=tuple(found.skipped + skipped),
+        ignored=tuple((printable(suffix), n) for suffix, n in ignored.most_common()),
+        notes=tuple(notes),
+    )
 
 
 def printable(name: str) -> str:
@@ -91,7 +105,7 @@ def listed_names(names: Sequence[str]) -> str:
 
 
 def _scan(root: Path) -> _Found:
-    found = _Found([], [], Counter(), [])
+    found = _Found([], [], Counter(), [], [])
     pending, seen = [("", root)], set[tuple[int, int]]()
     while pending:
         prefix, folder = pending.pop()
@@ -104,6 +118,9 @@ def _scan(root: Path) -> _Found:
             if not prefix:
                 raise DataError(f"{printable(str(root))} cannot be read: {reason}") from error
             found.skipped.append(Skipped(printable(prefix), f"folder cannot be read: {reason}"))
+            continue
+        if prefix and {entry.name for entry in entries} >= _RUN:
+            found.runs.append(prefix)
             continue
         for entry in entries:
             if not entry.name.startswith("."):
@@ -151,13 +168,22 @@ def _note_file(entry: os.DirEntry[str], name: str, found: _Found) -> None:
         found.skipped.append(Skipped(printable(name), reason))
 
 
-def _nothing(root: Path, others: Counter[str]) -> str:
+def _nothing(root: Path, found: _Found) -> str:
     looked = f"Looked for {' '.join(SUFFIXES)} in all sub-folders"
-    found = "found no files"
+    files, others = "found no files", found.others
     if others:
-        found = f"found {others.total():,} files, most often {others.most_common(1)[0][0]}"
+        files = f"found {others.total():,} files, most often {others.most_common(1)[0][0]}"
     path = printable(str(root))
-    return f"No images in {path}. {looked}; {found}. Try: undiffuse describe {path}"
+    runs = "".join(f" {note}" for note in _run_notes(found.runs))
+    return f"No images in {path}. {looked}; {files}.{runs} Try: undiffuse describe {path}"
+
+
+def _run_notes(runs: list[str]) -> list[str]:
+    """One line for all, so that a folder of a hundred runs stays readable."""
+    if not runs:
+        return []
+    folders = "1 run folder is" if len(runs) == 1 else f"{len(runs):,} run folders are"
+    return [f"{folders} not read as data: {listed_names(sorted(runs))}."]
 
 
 # Splits and labels -------------------------------------------------------------------------------

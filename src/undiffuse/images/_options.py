@@ -29,7 +29,8 @@ class DataOptions:
     random_flip: flip horizontally in half of the draws.
     on_bad_image: leave unreadable pictures out and name them, or stop at the first one.
     val_fraction: share of held-out pictures; None is 0.2 for digits and photos, 0.1 otherwise.
-        Unused where the source has its own splits.
+        Folders and arrays hold out every picture whose content hashes below it, so about that
+        share, and the same ones when others come or go. Unused where the source has own splits.
 
     Raises ConfigError naming the field, its value and what is allowed.
     """

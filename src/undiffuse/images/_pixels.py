@@ -1,5 +1,7 @@
 """Stored integers to [-1, 1] and back; fitting a picture to a size."""
 
+import os
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,8 @@ from jaxtyping import Float, UInt8, UInt16
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from undiffuse.errors import ResourceError
 
 Pixels = NDArray[Any]
 """(n, c, h, w) or (c, h, w): uint8 0…255, uint16 0…65535, or float32 in [-1, 1]."""
@@ -63,7 +67,7 @@ def fit_array(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """``fit_image`` for a stack (n, c, h, w) with any number of channels, in its own dtype."""
     if pixels.shape[2:] == size:
         return pixels
-    fitted = np.empty((*pixels.shape[:2], *size), pixels.dtype)
+    fitted = allocate((*pixels.shape[:2], *size), pixels.dtype)
     for index in np.ndindex(*pixels.shape[:2]):
         plane = Image.fromarray(pixels[index].astype(np.float32))
         fitted[index] = from_float_plane(np.asarray(fit_image(plane, size)), pixels.dtype)
@@ -75,3 +79,29 @@ def from_float_plane(values: Pixels, dtype: np.dtype[Any]) -> Pixels:
     if dtype.kind == "f":
         return np.clip(values, -1, 1).astype(dtype)
     return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Pixels:
+    """An empty array, or a ResourceError that says how much it would have needed."""
+    needed, there = prod(shape) * dtype.itemsize, _physical_memory()
+    message = (
+        f"{shape[0]:,} pictures of {shape[1]}x{shape[2]}x{shape[3]} need "
+        f"{needed / 1e9:,.1f} GB of memory{{}}: choose a smaller --resolution or fewer pictures"
+    )
+    # An allocation beyond the memory does not fail where the system promises more than it has;
+    # the process is killed later, while the pictures are filled in.
+    if there is not None and needed > there:
+        raise ResourceError(message.format(f", this machine has {there / 1e9:,.1f} GB"))
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:
+        raise ResourceError(message.format("")) from error
+
+
+def _physical_memory() -> int | None:
+    """Bytes of memory in this machine, or None where the system does not say (Windows)."""
+    try:
+        page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return page * pages if page > 0 and pages > 0 else None  # -1 where it is not known

@@ -2,21 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from math import ceil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from undiffuse.errors import ConfigError, ResourceError
+from undiffuse.errors import ConfigError
 from undiffuse.images._dataset import Data, Dataset
 from undiffuse.images._options import DataOptions
 from undiffuse.images._pixels import Pixels
 
 _DECODER = 1
 """Raised when the same files and options would give other pixels than before."""
+
+SPLIT_ENTRY = ["split", "by content"]
+"""Part of the fingerprint of every source that is split by ``split_by_content``."""
+
+Sides = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Indices for training, and indices held out."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,49 @@ def array_entry(pixels: NDArray[Any] | None) -> list[object]:
     return [str(pixels.dtype), list(pixels.shape), content]
 
 
-def split(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices for training and held out: ``default_rng(0).permutation``, its end held out.
+def content_hash(content: bytes) -> str:
+    """What ``split_by_content`` knows a picture by: 64 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(content).hexdigest()
 
-    ceil(count · fraction) are held out, at least 1 stays on each side; one picture is on both.
+
+def by_content(contents: Sequence[str]) -> list[int]:
+    """Indices in the order of the hashes, which mixes classes; equal ones keep their order."""
+    return sorted(range(len(contents)), key=lambda index: contents[index])
+
+
+def split_by_content(contents: Sequence[str], fraction: float) -> Sides:
+    """Held out is what hashes below ``fraction``, as a share of the 2²⁵⁶ values there are.
+
+    contents: one ``content_hash`` per picture. A picture's side depends on nothing but its content:
+    other pictures that come or go never move it, and copies of it are on the same side. Only where
+    one side would be empty, the lowest hash is held out, or the highest trained on; where all
+    contents are equal, one is held out. A single picture is on both sides. Each side is in the
+    order of the hashes.
+    """
+    order = by_content(contents)
+    border = held_out_of([contents[index] for index in order], fraction)
+    whole = np.array(order, dtype=np.int64)
+    return (whole, whole) if border == len(whole) else (whole[border:], whole[:border])
+
+
+def held_out_of(ranked: Sequence[str], fraction: float) -> int:
+    """How many of the sorted hashes ``split_by_content`` holds out: the first ones, or the only."""
+    if len(ranked) < 2:
+        return len(ranked)
+    border = bisect_left(ranked, f"{ceil(Fraction(fraction) * 2**256):064x}")
+    if border == 0:
+        border = bisect_right(ranked, ranked[0])
+    if border == len(ranked):
+        border = bisect_left(ranked, ranked[-1]) or 1
+    return border
+
+
+def split_permuted(count: int, fraction: float) -> Sides:
+    """The end of ``default_rng(0).permutation`` is held out: ceil(count · fraction) pictures.
+
+    For bundled pictures, of which none come or go; ``count`` must leave one on each side.
     """
     order = np.random.default_rng(0).permutation(count)
-    if count == 1:
-        return order, order
     # 100 · 0.07 is 7.000000000000001 in binary; that is no reason to hold out 8.
     held_out = min(max(ceil(count * fraction - 1e-9), 1), count - 1)
     return order[:-held_out], order[-held_out:]
@@ -78,7 +121,7 @@ def needs_resolution(options: DataOptions) -> None:
 
 
 def halves(
-    whole: Labelled, size: tuple[int, int], fraction: float, options: DataOptions
+    whole: Labelled, size: tuple[int, int], sides: Sides, options: DataOptions
 ) -> tuple[Dataset, Dataset]:
     """The training and the held-out part of a source that has no splits of its own."""
 
@@ -92,7 +135,7 @@ def halves(
             flip=options.random_flip,
         )
 
-    training, held_out = split(len(whole.names), fraction)
+    training, held_out = sides
     return part(training), part(held_out)
 
 
@@ -110,15 +153,3 @@ def few_notes(count: int) -> tuple[str, ...]:
             f"Only {count} images: expect copies of them. The report shows nearest neighbours.",
         )
     return ()
-
-
-def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Pixels:
-    """An empty array, or a ResourceError that says how much it would have needed."""
-    try:
-        return np.empty(shape, dtype)
-    except (MemoryError, ValueError) as error:
-        size = np.prod(shape, dtype=np.float64) * dtype.itemsize / 2**30
-        raise ResourceError(
-            f"{shape[0]:,} pictures of {shape[2]}x{shape[3]} need {size:.1f} GiB of memory: "
-            "choose a smaller --resolution"
-        ) from error

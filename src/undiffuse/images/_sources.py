@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +24,20 @@ from undiffuse.images._folder import printable
 from undiffuse.images._options import DataOptions
 from undiffuse.images._pixels import Pixels, fit_array
 from undiffuse.images._plan import (
+    SPLIT_ENTRY,
     Labelled,
     Plan,
+    Sides,
     array_entry,
     canvas_of,
+    content_hash,
     few_notes,
     fingerprint,
     halves,
     needs_resolution,
     numbered,
+    split_by_content,
+    split_permuted,
 )
 
 _DIGITS_CREDIT = (
@@ -57,6 +62,9 @@ def load(source: Source, options: DataOptions = DataOptions(), cache: Path | Non
         or float in [-1, 1]; or a ``Data``, which is returned as it is.
     cache: a folder written by ``save_cache``; used instead of decoding if its fingerprint is that
         of the source and the options as they are now. It is not written here.
+
+    Folders and arrays are split by their pictures' contents, see ``DataOptions.val_fraction``;
+    folders of runs that lie in a folder are not read.
 
     Raises DataError for sources that are missing, unreadable or malformed, ConfigError for options
     that do not fit the source, ResourceError if memory does not suffice.
@@ -119,9 +127,12 @@ def _plan_digits(options: DataOptions) -> Plan:
     bundle = cast("Any", load_digits())
     # Values 0…16, kept as floats: v/8 - 1 is exact, and bytes would not be.
     pixels = (bundle.images[:, None] / 8 - 1).astype(np.float32)
-    labels = bundle.target.astype(np.int64)
+    stack = _Stack(
+        pixels, bundle.target.astype(np.int64), "digits (scikit-learn)", "digits", _permuted
+    )
     fraction = replace(options, val_fraction=options.val_fraction or 0.2)
-    plan = _plan_array(pixels, labels, "digits (scikit-learn)", "digits", fraction)
+    mark = fingerprint([array_entry(pixels), array_entry(stack.labels)], fraction)
+    plan = _plan_stack(stack, mark, fraction)
     return replace(plan, build=lambda: replace(plan.build(), attribution=_DIGITS_CREDIT))
 
 
@@ -169,6 +180,25 @@ _BUNDLED: dict[str, Callable[[DataOptions], Plan]] = {
 # Arrays ------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Pictures of one shape, (n, c, h, w), and how they are split."""
+
+    pixels: Pixels
+    labels: NDArray[np.int64] | None
+    source: str
+    prefix: str
+    split: Callable[[Pixels, float], Sides]
+
+
+def _permuted(pixels: Pixels, fraction: float) -> Sides:
+    return split_permuted(len(pixels), fraction)
+
+
+def _by_content(pixels: Pixels, fraction: float) -> Sides:
+    return split_by_content([content_hash(picture.tobytes()) for picture in pixels], fraction)
+
+
 def _plan_array(
     pixels: Pixels,
     labels: NDArray[np.int64] | None,
@@ -176,33 +206,35 @@ def _plan_array(
     prefix: str,
     options: DataOptions,
 ) -> Plan:
+    mark = fingerprint([SPLIT_ENTRY, array_entry(pixels), array_entry(labels)], options)
+    return _plan_stack(_Stack(pixels, labels, source, prefix, _by_content), mark, options)
+
+
+def _plan_stack(stack: _Stack, mark: str, options: DataOptions) -> Plan:
     needs_resolution(options)
-    count, channels, *_ = pixels.shape
+    count, channels, *_ = stack.pixels.shape
     if count == 0:
-        raise DataError(f"No images in {source}: its shape is {pixels.shape}")
+        raise DataError(f"No images in {stack.source}: its shape is {stack.pixels.shape}")
     if options.channels not in (None, channels):
-        raise ConfigError(f"{source} has {channels} channels; --channels {options.channels} asked")
-    mark = fingerprint([array_entry(pixels), array_entry(labels)], options)
-    return Plan(mark, lambda: _array(pixels, labels, source, prefix, options))
+        raise ConfigError(
+            f"{stack.source} has {channels} channels; --channels {options.channels} asked"
+        )
+    return Plan(mark, lambda: _build_stack(stack, options))
 
 
-def _array(
-    pixels: Pixels,
-    labels: NDArray[np.int64] | None,
-    source: str,
-    prefix: str,
-    options: DataOptions,
-) -> Data:
+def _build_stack(stack: _Stack, options: DataOptions) -> Data:
+    pixels, labels = stack.pixels, stack.labels
     size = options.resolution or (pixels.shape[2], pixels.shape[3])
     classes = 0 if labels is None else int(labels.max()) + 1
     whole = Labelled(
         pixels=fit_array(pixels, canvas_of(size, options.random_crop)),
         labels=labels,
         class_names=tuple(map(str, range(classes))),
-        names=numbered(prefix, len(pixels)),
+        names=numbered(stack.prefix, len(pixels)),
     )
-    train, held_out = halves(whole, size, options.val_fraction or 0.1, options)
-    return Data(train, held_out, source, "", "", notes=few_notes(len(pixels)))
+    sides = stack.split(pixels, options.val_fraction or 0.1)
+    train, held_out = halves(whole, size, sides, options)
+    return Data(train, held_out, stack.source, "", "", notes=few_notes(len(pixels)))
 
 
 def _from_tensor(source: Tensor) -> Pixels:

@@ -415,9 +415,9 @@ def _fit_memory(
         if need < MEMORY_SHARE * have:
             return replace(config, train=replace(train, gradient_accumulation_steps=parts))
     raise ResourceError(
-        f"training at resolution {size[0]}x{size[1]} with {_part_size(train, tried[-1])} pictures"
-        f" at once needs about {needs[-1] / 1e9:.0f} GB, this machine has {have / 1e9:.0f} GB; try"
-        " a smaller --resolution, --train-batch-size or --preset, or more"
+        f"train_batch_size {train.train_batch_size} at resolution {size[0]}x{size[1]} in"
+        f" {tried[-1]} parts needs about {needs[-1] / 1e9:.0f} GB, this machine has"
+        f" {have / 1e9:.0f} GB; try a smaller --train-batch-size, --resolution or --preset, or more"
         " --gradient-accumulation-steps"
     )
 

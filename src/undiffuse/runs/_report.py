@@ -47,7 +47,10 @@ def write_report(run: str | Path, output: Path | None = None) -> Path:
         config=flatten(config),
         commands=next_commands(folder.path),
         attribution=str(model.trained.get("attribution", "")),
-        warnings=_warnings(folder, model, config.train.max_train_steps),
+        warnings=(
+            *_warnings(folder, model, config.train.max_train_steps),
+            *body.get("warnings", ()),
+        ),
     )
     path = output or folder.report
     write_text(path, report.render(page))
