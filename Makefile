@@ -15,7 +15,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.setup: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "setting up $(VENV): torch and a few libraries, about a minute"
+	@echo "setting up $(VENV): torch and a few libraries. Where the index gives torch with CUDA"
+	@echo "libraries (several GB) and you need none: make $(or $(MAKECMDGOALS),setup) TORCH_INDEX=URL, PyTorch's CPU index"
 	$(BIN)/pip install $(PIP_FLAGS) torch==2.13.0
 	$(BIN)/pip install $(PIP_FLAGS) -e .
 	@touch $@
