@@ -188,6 +188,11 @@ class TrainConfig(Checked):
         """In how many parts a batch is computed."""
         return self.gradient_accumulation_steps or 1
 
+    @property
+    def part_size(self) -> int:
+        """Pictures computed at once, at most."""
+        return math.ceil(self.train_batch_size / self.parts)
+
 
 @dataclass(frozen=True)
 class RuntimeConfig(Checked):

@@ -135,8 +135,7 @@ def say_next(lines: Iterable[str], out: Output) -> None:
 
 def _dry_result(plan: runs.Plan, out: Output, command: str) -> int:
     config, train = plan.config.train, plan.data.train
-    part = -(-config.train_batch_size // config.parts)
-    memory = cost.training_bytes(plan.spec, *train.size, part)
+    memory = cost.training_bytes(plan.spec, *train.size, config.part_size)
     parameters = cost.total_parameters(plan.spec)
     out.say(
         f"Would train {parameters:,} parameters on {count_of(len(train), 'picture')}"

@@ -17,7 +17,6 @@ from undiffuse.config import (
     ModelConfig,
     Precision,
     RunConfig,
-    TrainConfig,
     flatten,
     override,
 )
@@ -409,21 +408,20 @@ def _fit_memory(
     train, have = config.train, runtime.memory(device) or math.inf
     asked = train.gradient_accumulation_steps
     few = (parts for parts in AUTOMATIC_PARTS if parts <= train.train_batch_size)
-    tried = list(few) if asked is None else [asked]
-    needs = [cost.training_bytes(spec, *size, _part_size(train, parts)) for parts in tried]
-    for parts, need in zip(tried, needs, strict=True):
+    tried = [
+        replace(train, gradient_accumulation_steps=parts)
+        for parts in (few if asked is None else (asked,))
+    ]
+    needs = [cost.training_bytes(spec, *size, one.part_size) for one in tried]
+    for one, need in zip(tried, needs, strict=True):
         if need < MEMORY_SHARE * have:
-            return replace(config, train=replace(train, gradient_accumulation_steps=parts))
+            return replace(config, train=one)
     raise ResourceError(
         f"train_batch_size {train.train_batch_size} at resolution {size[0]}x{size[1]} in"
-        f" {tried[-1]} parts needs about {needs[-1] / 1e9:.0f} GB, this machine has"
+        f" {tried[-1].parts} parts needs about {needs[-1] / 1e9:.0f} GB, this machine has"
         f" {have / 1e9:.0f} GB; try a smaller --train-batch-size, --resolution or --preset, or more"
         " --gradient-accumulation-steps"
     )
-
-
-def _part_size(train: TrainConfig, parts: int) -> int:
-    return math.ceil(train.train_batch_size / parts)
 
 
 def _build(spec: UNetSpec, seed: int, initial: Model | None) -> UNet:
@@ -452,8 +450,7 @@ def _choose_runtime(
 
 def _example(spec: UNetSpec, config: RunConfig, size: tuple[int, int]) -> Example:
     """Shape and labels of a micro-batch for timing, of few pictures if they are large."""
-    part = _part_size(config.train, config.train.parts)
-    part = max(1, min(part, TIMED_PIXELS // (size[0] * size[1])))
+    part = max(1, min(config.train.part_size, TIMED_PIXELS // (size[0] * size[1])))
     label = torch.zeros(part, dtype=torch.int64) if spec.classes else None
     return (part, spec.in_channels, *size), label
 

@@ -1,7 +1,6 @@
 """A training run as a stream of events. The caller prints; this module never does."""
 
 import json
-import math
 import tempfile
 import time
 import uuid
@@ -278,17 +277,14 @@ class _Run:
     def _validate(self, record: dict[str, Any]) -> Validated:
         plan, step = self.plan, self.state.step
         x0, label = plan.data.held_out.fixed(HELD_OUT_MOST)
-        config, part = (
-            plan.config.train,
-            math.ceil(plan.config.train.train_batch_size / plan.config.train.parts),
-        )
+        config = plan.config.train
         bins = held_out_loss(
             self.state.averaged,
             plan.recipe,
             x0,
             label,
             config.seed,
-            batch_size=part,
+            batch_size=config.part_size,
             device=self.state.device,
         )
         self.last_held_out = sum(bins) / len(bins)
@@ -299,7 +295,7 @@ class _Run:
             plan.config.log.num_samples,
             seed=config.seed,
             num_inference_steps=PREVIEW_STEPS,
-            batch_size=part,
+            batch_size=config.part_size,
         )
         grid = plan.folder.samples / f"step_{step:08d}.png"
         images.save_grid(pictures, grid)
