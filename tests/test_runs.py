@@ -291,7 +291,6 @@ def test_every_prediction_trains_and_samples(
 
 
 def test_tensorboard_gets_an_event_file(tmp_path: Path, pictures: Path) -> None:
-    pytest.importorskip("tensorboard")
     events(request(pictures, tmp_path / "run", report_to="tensorboard"))
     (file,) = (tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*")
     assert b"loss" in file.read_bytes()

@@ -258,7 +258,7 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{suggestion(name, known)}")
     parts = {
-        part.name: changed(getattr(config, part.name), values)  # pyright: ignore[reportAny]
+        part.name: changed(getattr(config, part.name), values)  # pyright: ignore[reportAny] # getattr by a field's name
         for part in fields(config)
     }
     return RunConfig(**parts)
@@ -268,7 +268,7 @@ def changed(section: SectionT, values: Mapping[str, object]) -> SectionT:
     """One section with those of `values` that belong to it; others are ignored."""
     mine = {
         one.name: parse(one, values[one.name])
-        for one in fields(section)  # pyright: ignore[reportArgumentType]
+        for one in fields(section)  # pyright: ignore[reportArgumentType] # as above
         if one.name in values
     }
     return replace(section, **mine)  # pyright: ignore[reportArgumentType, reportCallIssue]

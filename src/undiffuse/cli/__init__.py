@@ -90,7 +90,7 @@ def _keep_traceback(error: Exception, run: Path | None) -> Path:
 def _prepare_streams() -> None:
     """A stream that was closed swallows its words; a name no encoding knows is shown escaped."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 # for the whole process
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 # likewise
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -163,7 +163,7 @@ def _is_negative(word: str) -> bool:
 def _checked(name: str, value: Any) -> Any:
     """Refuse what no file and no setting can be called; expand ~ where the shell did not."""
     if isinstance(value, list):
-        return [_checked(name, one) for one in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_checked(name, one) for one in value]  # pyright: ignore[reportUnknownVariableType] # argparse is untyped
     if not isinstance(value, str):
         return value
     if not value or "\0" in value:
