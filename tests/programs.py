@@ -24,6 +24,8 @@ from undiffuse.spec import (
     Embedding,
     Inject,
     Join,
+    LinearAttn,
+    Norm,
     Op,
     Order,
     Out,
@@ -38,7 +40,12 @@ from undiffuse.spec import (
 )
 
 WIDTHS = st.sampled_from((4, 5, 6, 8))
-LEARNED_DOWN = (Downsampling.CONV, Downsampling.CONV_END, Downsampling.CONV4)
+LEARNED_DOWN = (
+    Downsampling.CONV,
+    Downsampling.CONV_END,
+    Downsampling.CONV4,
+    Downsampling.UNSHUFFLE,
+)
 LEARNED_UP = (Upsampling.NEAREST_CONV, Upsampling.DECONV4)
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -69,7 +76,9 @@ def specs(draw: Draw, style: st.SearchStrategy[Style] | None = None) -> UNetSpec
 def styles() -> st.SearchStrategy[Style]:
     return st.builds(
         Style,
+        norm=st.sampled_from(Norm),
         groups=st.sampled_from((1, 2, 4, 32)),
+        group_width=st.sampled_from((1, 4)),
         eps=st.sampled_from((1e-5, 1e-6)),
         order=st.sampled_from(Order),
         inject=st.sampled_from(Inject),
@@ -91,6 +100,8 @@ def embeddings() -> st.SearchStrategy[Embedding]:
         final_activation=st.sampled_from((None, *Activation)),
         sin_first=st.booleans(),
         half_minus_one=st.booleans(),
+        divide_last=st.booleans(),
+        label_first=st.booleans(),
     )
     classes = st.sampled_from(((0, False), (3, False), (3, True)))
     return st.builds(lambda e, c: replace(e, classes=c[0], null=c[1]), plain, classes)
@@ -115,8 +126,14 @@ def _res(draw: Draw, width: int, depth: int) -> Piece:
 
 
 def _attn(draw: Draw, width: int, depth: int) -> Piece:
+    memory = draw(st.sampled_from((0, 3)))
+    if draw(st.booleans()):
+        return [LinearAttn(draw(st.integers(1, 3)), draw(st.integers(1, 4)), memory)], width
+    norm, bias = draw(st.booleans()), draw(st.booleans())
+    if draw(st.booleans()):
+        return [Attn(draw(st.integers(1, 3)), norm, draw(st.integers(1, 4)), memory, bias)], width
     heads = draw(st.sampled_from([h for h in range(1, width + 1) if width % h == 0]))
-    return [Attn(heads, draw(st.booleans()))], width
+    return [Attn(heads, norm, None, memory, bias)], width
 
 
 def _act(draw: Draw, width: int, depth: int) -> Piece:
@@ -168,6 +185,7 @@ PIECES = (_conv, _res, _attn, _act, _skip, _skip, _halve, _halve)
 SOME_OPS: tuple[Op, ...] = (
     *(Conv(4), Conv(6, 1), Res(4), Res(6, Resize.DOWN), Res(6, Resize.UP), Attn(), Attn(3)),
     *(Down(), Down(Downsampling.MAX), Down(Downsampling.AVG, 6), Up(), Up(Upsampling.NEAREST, 4)),
+    *(Attn(2, head_width=3, memory=1), LinearAttn(), Down(Downsampling.UNSHUFFLE, 6)),
     *(Act(), Skip(), Concat(), Concat(Join.ADD), Out()),
 )
 assert {type(op) for op in SOME_OPS} == set(OPS)

@@ -48,7 +48,7 @@ from undiffuse.denoiser import (
     Velocity,
 )
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
-from undiffuse.noise import Cosine, Flow, Karras, LinearBetas
+from undiffuse.noise import Cosine, Flow, Karras, LinearBetas, ScaledLinearBetas, Sigmoid
 from undiffuse.spec import (
     Act,
     Activation,
@@ -60,6 +60,8 @@ from undiffuse.spec import (
     Embedding,
     Inject,
     Join,
+    LinearAttn,
+    Norm,
     Op,
     Order,
     Out,
@@ -147,7 +149,10 @@ odd = st.sampled_from([1, 3, 5])
 plain_ops = st.one_of(
     st.builds(Conv, widths, odd),
     st.builds(Res, widths),
-    st.builds(Attn, st.just(1), st.booleans()),
+    st.builds(
+        Attn, st.just(1), st.booleans(), st.none() | widths, st.integers(0, 3), st.booleans()
+    ),
+    st.builds(LinearAttn, st.integers(1, 3), widths, st.integers(0, 3)),
     st.builds(Act, st.sampled_from(Activation)),
 )
 fractions = st.floats(1e-6, 0.99)
@@ -186,11 +191,15 @@ embeddings = st.builds(
     st.none() | st.sampled_from(Activation),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(1, 9),
+    st.booleans(),
     st.booleans(),
 )
 styles = st.builds(
     Style,
+    st.sampled_from(Norm),
+    widths,
     widths,
     fractions,
     st.sampled_from(Order),
@@ -215,7 +224,10 @@ def test_any_spec_survives_json(
 
 @pytest.mark.parametrize(
     "schedule",
-    [LinearBetas(10, 0.1, 0.3), Cosine(7, 0.01, 0.9), Karras(0.004, 9.0), Flow(0.1)],
+    [
+        *(LinearBetas(10, 0.1, 0.3), ScaledLinearBetas(9, 0.1, 0.2), Sigmoid(11, -2.0, 4.0, 0.9)),
+        *(Cosine(7, 0.01, 0.9), Karras(0.004, 9.0), Flow(0.1)),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_schedules_survive_json(schedule: object) -> None:
@@ -224,7 +236,7 @@ def test_schedules_survive_json(schedule: object) -> None:
 
 @pytest.mark.parametrize(
     "prediction",
-    [Epsilon(7), Sample(8), Velocity(9), FlowVelocity(10), KarrasPrecond(0.3)],
+    [Epsilon(7, 0.25), Sample(8, 2.0), Velocity(9), FlowVelocity(10), KarrasPrecond(0.3)],
     ids=lambda value: type(value).__name__,
 )
 def test_predictions_survive_json(prediction: object) -> None:

@@ -720,6 +720,34 @@ def test_describe_draws(end: str, start: bytes, capsys: Capture) -> None:
     assert Path(f"u.{end}").read_bytes().startswith(start)
 
 
+def test_describe_animates(capsys: Capture) -> None:
+    """T000-3, T001-4: the data flow, moving."""
+    assert main(["describe", "tiny", "--output", "flow.svg", "--animate"]) == 0
+    assert capsys.readouterr().out.endswith("\ndrawn: flow.svg\n")
+    moving = Path("flow.svg").read_text(encoding="utf-8")
+    assert "@keyframes pulse" in moving
+    assert "parameters" in moving
+    assert "multiply-adds" in moving
+    assert main(["describe", "tiny", "--output", "still.svg"]) == 0
+    assert "@keyframes" not in Path("still.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("describe tiny --animate", "needs a file"),
+        ("describe tiny --animate --output flow.png", "an animation is saved as .svg"),
+        ("describe --animate", "needs a network"),
+        ("describe {pictures} --animate", "is for networks"),
+    ],
+)
+def test_describe_says_what_cannot_move(
+    words: str, said: str, ask: Callable[..., dict[str, Any]]
+) -> None:
+    assert said in ask(words, code=2)["message"]
+    assert not Path("flow.png").exists()
+
+
 def test_describe_pictures(ask: Callable[..., dict[str, Any]]) -> None:
     body = ask("describe {pictures} --output sheet.png")
     assert body["images"] == 12

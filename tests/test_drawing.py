@@ -1,11 +1,12 @@
 """Drawings: every op and every skip is there, nothing overlaps, files repeat byte for byte."""
 
 import math
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.text import Text
 
 from undiffuse import drawing, noise, recipes
+from undiffuse.drawing import _words
 from undiffuse.errors import ConfigError
 from undiffuse.spec import Concat, Conv, Down, Join, Out, Res, Skip, UNetSpec, Up, trace
 
@@ -244,3 +246,177 @@ def test_no_window_system_and_no_pyplot():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# --- under the pointer ----------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@cache
+def pointed():
+    """Words by id, of a network whose costs are told by its op indices."""
+    spec = recipes.preset("tiny")
+    numbers = range(len(spec.program))
+    params = {index: 1_000_000 + index for index in numbers}
+    multiply_adds = {index: 7_000_000 + index for index in numbers}
+    svg = drawing.to_svg(drawing.draw_unet(spec, (15, 16), params, multiply_adds))
+    titled = (e for e in ET.fromstring(svg).iter() if e.find(f"{SVG}title") is not None)
+    return {element.get("id"): element.find(f"{SVG}title").text for element in titled}
+
+
+def test_every_op_says_what_it_does_and_costs():
+    for site in trace(recipes.preset("tiny")):
+        lines = pointed()[f"op-{site.name}"].splitlines()
+        side, out = 16 // site.in_scale, 16 // site.out_scale
+        assert lines[0] == f"{site.name}, {site.part.value}"
+        assert lines[1].endswith(".")
+        assert f"in {site.in_width}×{side}×{side}" in lines
+        assert f"out {site.out_width}×{out}×{out}" in lines
+        assert f"{1_000_000 + site.index:,} parameters" in lines
+        assert f"{7_000_000 + site.index:,} multiply-adds per picture" in lines
+
+
+def test_every_skip_and_the_timestep_say_what_they_carry():
+    sites = list(trace(recipes.preset("tiny")))
+    pops = [site for site in sites if site.skip is not None]
+    assert len(pops) == 6
+    for site in pops:
+        words = pointed()[f"skip-{site.skip}-{site.index}"]
+        shape = f"{site.skip_width}×{16 // site.in_scale}×{16 // site.in_scale}"
+        assert words == f"skip: op {site.skip} stores {shape}, op {site.index} joins it"
+    assert "noise level enters here" in pointed()["embedding"]
+    assert len(pointed()) == len(sites) + len(pops) + 1
+
+
+def test_without_numbers_the_words_speak_of_scales():
+    svg = drawing.to_svg(drawing.draw_unet(recipes.text000()))
+    assert "in 64 channels at 1/1" in svg
+    assert "parameters" not in svg
+
+
+def test_letters_let_the_pointer_through():
+    svg = ET.fromstring(drawing.to_svg(drawing.draw_unet(recipes.preset("tiny"))))
+    over = [e for e in svg.iter() if (e.get("id") or "").startswith("on-")]
+    assert len(over) > len(recipes.preset("tiny").program)
+    assert {element.get("pointer-events") for element in over} == {"none"}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_arrow_leads_the_timestep_into_every_block_that_hears_it(name):
+    hearing = {f"told-{s.name}" for s in trace(SPECS[name]) if isinstance(s.op, Res)}
+    assert set(marked(drawn(name), "told-")) == hearing
+
+
+def test_an_op_nobody_has_coloured_is_drawn_under_its_own_name():
+    class Gate:
+        """Opens and closes.
+
+        More words.
+        """
+
+    look = _words.look_of(Gate)
+    assert (look.word, look.meaning, look.does) == ("Gate", "gate", "Opens and closes.")
+    assert _words.blocks_among({Gate, Skip, Res, Conv}) == [Conv, Res, Gate]
+
+
+# --- in motion ------------------------------------------------------------------------------------
+
+
+@cache
+def moving(name):
+    return drawing.animate_unet(SPECS[name], (64, 64))
+
+
+def delays(svg, prefix):
+    """Seconds by id, in the order of the file."""
+    found = re.findall(rf'id="{prefix}([^"]+)"[^>]*animation-delay: ([\d.]+)s', svg)
+    return {name: float(seconds) for name, seconds in found}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_ops_light_in_the_order_of_the_program(name):
+    lit = delays(moving(name), "lit-")
+    assert sorted(lit, key=lit.__getitem__) == [site.name for site in trace(SPECS[name])]
+    steps = np.diff(sorted(lit.values()))
+    np.testing.assert_allclose(steps, steps[0], atol=1e-9)
+    assert steps[0] > 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_skips_light_when_pushed_and_again_when_popped(name):
+    sites, lit = list(trace(SPECS[name])), delays(moving(name), "lit-")
+    pushed, popped = delays(moving(name), "push-"), delays(moving(name), "pop-")
+    pops = {f"{site.skip}-{site.index}": site for site in sites if site.skip is not None}
+    assert set(pushed) == set(popped) == set(pops)
+    for pair, site in pops.items():
+        assert pushed[pair] == lit[sites[site.skip].name]
+        assert popped[pair] == lit[site.name]
+        assert f"@keyframes held-{pair} " in moving(name)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_vector_lights_exactly_the_blocks_that_hear_it(name):
+    lit, hears = delays(moving(name), "lit-"), delays(moving(name), "hears-")
+    assert set(hears) == {site.name for site in trace(SPECS[name]) if isinstance(site.op, Res)}
+    assert all(hears[block] == lit[block] for block in hears)
+    assert moving(name).count('class="flow told"') == len(hears)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_pulse_visits_every_op_in_order_and_on_time(name):
+    svg, sites = moving(name), list(trace(SPECS[name]))
+    frames = svg[svg.index("@keyframes pulse {") : svg.index("@media")]
+    stops = re.findall(r"^  ([\d.]+)% \{ opacity: 1; .*\(([-\d.]+)px, ([-\d.]+)px", frames, re.M)
+    way = [(float(when), float(x), float(y)) for when, x, y in stops]
+    assert all(before[0] < after[0] for before, after in pairwise(way))
+    total = float(re.search(r"animation: ([\d.]+)s", svg)[1])
+    lit, boxes = delays(svg, "lit-"), centres(svg)
+    for site in sites:
+        when, x, y = min(way, key=lambda stop: abs(stop[0] - 100 * lit[site.name] / total))
+        assert when == pytest.approx(100 * lit[site.name] / total, abs=0.01)
+        assert (x, y) == pytest.approx(boxes[site.name], abs=0.2)
+
+
+def centres(svg):
+    """Middle of the light over every op."""
+    found = {}
+    for element in ET.fromstring(svg).iter():
+        name = element.get("id") or ""
+        if name.startswith("lit-") and element.tag == f"{SVG}circle":
+            found[name[4:]] = (float(element.get("cx")), float(element.get("cy")))
+        elif name.startswith("lit-"):
+            x, y, w, h = (float(element.get(one)) for one in ("x", "y", "width", "height"))
+            found[name[4:]] = (x + w / 2, y + h / 2)
+    return found
+
+
+def test_lights_lie_on_the_ops():
+    spec = SPECS["tiny"]
+    figure = drawing.draw_unet(spec, (64, 64))
+    left, top = figure.axes[0].get_xlim()[0], figure.axes[0].get_ylim()[1]
+    ops, lights = marked(figure, "op-"), centres(moving("tiny"))
+    for site in trace(spec):
+        shape = ops[f"op-{site.name}"]
+        width = shape.radius * 2 if isinstance(shape, Circle) else shape.get_width()
+        middle = (left_of(shape) + width / 2 - left) * 72, (top - row_of(shape)) * 72
+        assert lights[site.name] == pytest.approx(middle, abs=0.1)
+
+
+def test_the_animation_is_one_file_without_script_and_can_be_calmed():
+    svg = moving("tiny")
+    assert "<script" not in svg
+    assert "@import" not in svg
+    hrefs = re.findall(r'(?:href|src)="([^"]+)"|url\(([^)]+)\)', svg)
+    assert all((one or other).startswith("#") for one, other in hrefs)
+    calm = svg[svg.index("@media (prefers-reduced-motion: reduce)") :]
+    assert "animation: none !important" in calm[: calm.index("</style>")]
+    assert ".flow { opacity: 0;" in svg  # what does not move is not seen
+    assert drawing.animate_unet(SPECS["tiny"], (64, 64)) == svg
+
+
+def test_save_svg(tmp_path):
+    drawing.save_svg("<svg/>", tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == "<svg/>"
+    with pytest.raises(ConfigError, match=r"saved as \.svg; got 'a\.png'"):
+        drawing.save_svg("<svg/>", tmp_path / "a.png")

@@ -20,7 +20,9 @@ from undiffuse.noise import (
     KarrasSpacing,
     LinearBetas,
     NoiseLevel,
+    ScaledLinearBetas,
     Schedule,
+    Sigmoid,
     Stream,
     clean,
     descending,
@@ -32,7 +34,10 @@ from undiffuse.noise import (
     uniform,
 )
 
-SCHEDULES = [LinearBetas(), LinearBetas(37, last=0.3), Cosine(), Cosine(100), Karras(), Flow()]
+SCHEDULES = [
+    *(LinearBetas(), LinearBetas(37, last=0.3), ScaledLinearBetas(), Sigmoid(), Sigmoid(60)),
+    *(Cosine(), Cosine(100), Karras(), Flow()),
+]
 
 GOLDEN_UNIFORM = [0.47515916035519756, 0.48792174538598776]
 GOLDEN_NORMAL = [-1.0755235, -0.5424798]
@@ -81,6 +86,27 @@ def test_linear_betas_are_ddpm_on_the_grid(steps: int):
     # 1 - alpha_bar cancels in the reference, not in ours
     np.testing.assert_allclose(level.sigma.numpy() ** 2, 1 - alpha_bar, rtol=1e-11)
     assert float(level.sigma[0]) == pytest.approx(0.01, rel=1e-14)
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_sigmoid_is_its_formula_on_the_grid(steps: int):
+    """2212.11972, figure 8: gamma(t) from sigmoid(-3) to sigmoid(3), turned upside down."""
+
+    def gamma(t: float) -> float:
+        low, high, at = (1 / (1 + math.exp(-v)) for v in (-3.0, 3.0, -3.0 + 6.0 * t))
+        return (high - at) / (high - low)
+
+    betas = [min(1 - gamma((i + 1) / steps) / gamma(i / steps), 0.999) for i in range(steps)]
+    alpha_bar = np.cumprod(1 - np.array(betas))
+    level = Sigmoid(steps)(torch.arange(steps, dtype=torch.float64) / (steps - 1))
+    np.testing.assert_allclose(level.alpha.numpy() ** 2, alpha_bar, rtol=1e-8)
+    np.testing.assert_allclose(level.sigma.numpy() ** 2, 1 - alpha_bar, rtol=1e-8)
+
+
+def test_scaled_linear_is_linear_in_the_root_of_beta():
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    level = ScaledLinearBetas(1000, 0.00085, 0.012)(torch.arange(1000).double() / 999)
+    np.testing.assert_allclose(level.alpha.numpy() ** 2, np.cumprod(1 - betas), rtol=1e-10)
 
 
 @pytest.mark.parametrize("steps", [10, 1000])
@@ -180,6 +206,12 @@ def test_at_finds_every_entry_of_a_table():
         (lambda: LinearBetas(first=0.5, last=0.1), "last=0.1"),
         (lambda: LinearBetas(last=1.0), "last=1.0"),
         (lambda: Cosine(steps=1), "steps=1"),
+        (lambda: ScaledLinearBetas(first=0.5, last=0.1), "first=0.5, last=0.1"),
+        (lambda: Sigmoid(steps=1), "steps=1"),
+        (lambda: Sigmoid(start=3.0), "start=3.0"),
+        (lambda: Sigmoid(tau=0.0), "tau=0.0"),
+        (lambda: Sigmoid(max_beta=1.0), "max_beta=1.0"),
+        (lambda: Sigmoid(start=-40.0), "a later start"),
         (lambda: Cosine(offset=-0.1), "offset=-0.1"),
         (lambda: Cosine(max_beta=1.0), "max_beta=1.0"),
         (lambda: Cosine(steps=100_000, offset=0.0), "fewer than 100000 steps"),

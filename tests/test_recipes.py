@@ -42,6 +42,49 @@ GOLDEN: dict[str, tuple[Callable[[], UNetSpec], int]] = {
     "highres": (lambda: preset("highres"), 113_673_219),
     "adm-64": (lambda: preset("adm-64"), 295_131_267),
     "adm-64, 1000 classes": (lambda: preset("adm-64", classes=1000, null=False), 295_899_267),
+    # 2206.00364's carry 1,152 parameters more, for augmentation labels.
+    "DDPM++ CIFAR-10": (lambda: recipes.ddpmpp_family(128, (2, 2, 2), 4, (1,)), 55_732_739),
+    "DDPM++ CIFAR-10, classes": (
+        lambda: recipes.ddpmpp_family(128, (2, 2, 2), 4, (1,)).with_classes(10, True),
+        55_735_299 - 1_152,
+    ),
+    "DDPM++ 64": (
+        lambda: recipes.ddpmpp_family(128, (1, 2, 2, 2), 4, (2,)),
+        61_805_571 - 1_152,
+    ),
+    "denoising-diffusion-pytorch": (lambda: recipes.lucidrains_family(64), 35_711_491),
+    "improved CIFAR-10": (
+        lambda: replace(recipes.improved_family(128, (1, 2, 2, 2), 3, (1, 2)), out_channels=6),
+        52_546_438,
+    ),
+    "improved 64, classes": (
+        lambda: replace(
+            recipes.improved_family(192, (1, 2, 3, 4), 3, (2, 3)), out_channels=6
+        ).with_classes(1000, False),
+        273_049_350,
+    ),
+    "ADM-64, 6 outputs": (
+        lambda: replace(preset("adm-64", classes=1000, null=False), out_channels=6),
+        295_904_454,
+    ),
+    "ADM-128": (
+        lambda: replace(
+            recipes.adm_family(256, (1, 1, 2, 3, 4), 2, (2, 3, 4)), out_channels=6
+        ).with_classes(1000, False),
+        421_529_606,
+    ),
+    "ADM-256": (
+        lambda: replace(
+            recipes.adm_family(256, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5)), out_channels=6
+        ).with_classes(1000, False),
+        553_838_086,
+    ),
+    "ADM-512": (
+        lambda: replace(
+            recipes.adm_family(256, (0.5, 1, 1, 2, 2, 4, 4), 2, (4, 5, 6)), out_channels=6
+        ).with_classes(1000, False),
+        558_997_638,
+    ),
     "text 000": (recipes.text000, 4_530_243),
     "text 000, figure": (recipes.text000_figure, 22_786_691),
     "text 001": (recipes.text001, 74_051_331),
@@ -80,7 +123,8 @@ U_SHAPED = {name: build for name, (build, _) in GOLDEN.items() if not name.start
 def test_the_bottleneck_is_res_attn_res_or_res_attn(name: str) -> None:
     sites = trace(U_SHAPED[name]())
     kinds = [type(site.op) for site in sites if site.part is Part.BOTTLENECK]
-    assert kinds == ([Res, Attn] if name.startswith("text 000") else [Res, Attn, Res])
+    expected = {"text 000": [Res, Attn], "denoisin": [Conv, Res, Attn, Res]}
+    assert kinds == expected.get(name[:8], [Res, Attn, Res])
 
 
 @pytest.mark.parametrize("name", U_SHAPED)

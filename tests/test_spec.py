@@ -243,7 +243,8 @@ def test_message_about_channels(field: str, value: Any) -> None:
         (
             PLAIN.Down("max"),
             "op 0 Down: by must be one of Downsampling.CONV, Downsampling.CONV_END,"
-            " Downsampling.CONV4, Downsampling.MAX, Downsampling.AVG; got 'max'",
+            " Downsampling.CONV4, Downsampling.UNSHUFFLE, Downsampling.MAX, Downsampling.AVG;"
+            " got 'max'",
         ),
         (
             PLAIN.Up(PLAIN.Downsampling.CONV),
@@ -261,13 +262,13 @@ def test_message_about_channels(field: str, value: Any) -> None:
         ),
         (
             "conv",
-            "op 0 is 'conv', which is no op; use one of Conv, Res, Attn, Down, Up, Act, Skip,"
-            " Concat, Out",
+            "op 0 is 'conv', which is no op; use one of Conv, Res, Attn, LinearAttn, Down, Up, Act,"
+            " Skip, Concat, Out",
         ),
         (
             PLAIN.Skip,
             "op 0 is <class 'unchecked_spec.Skip'>, which is no op; use one of Conv, Res, Attn,"
-            " Down, Up, Act, Skip, Concat, Out",
+            " LinearAttn, Down, Up, Act, Skip, Concat, Out",
         ),
     ],
 )
@@ -305,8 +306,8 @@ def test_a_list_is_no_program() -> None:
         (
             "order",
             "norm_act_conv",
-            "style.order must be one of Order.NORM_ACT_CONV, Order.CONV_ACT_NORM;"
-            " got 'norm_act_conv'",
+            "style.order must be one of Order.NORM_ACT_CONV, Order.CONV_ACT_NORM,"
+            " Order.CONV_NORM_ACT; got 'norm_act_conv'",
         ),
         ("inject", None, "style.inject must be one of Inject.ADD, Inject.SCALE_SHIFT; got None"),
         (

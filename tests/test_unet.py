@@ -27,6 +27,8 @@ from undiffuse.spec import (
     Embedding,
     Inject,
     Join,
+    LinearAttn,
+    Norm,
     Order,
     Out,
     Program,
@@ -43,10 +45,13 @@ from undiffuse.unet import (
     ACTIVATIONS,
     AttentionBlock,
     Downsample,
+    LinearAttentionBlock,
     ResBlock,
+    RMSNorm,
     TimestepEmbedding,
     UNet,
     Upsample,
+    norm_layer,
     pad_to_multiple,
 )
 
@@ -232,7 +237,7 @@ def test_at_zero_initialisation_a_block_is_its_shortcut(
 
 def test_at_zero_initialisation_attention_is_the_identity() -> None:
     x = noise(2, 4, 3, 3)
-    assert torch.equal(AttentionBlock(4, 2, True, replace(STYLE, zero_init=True))(x), x)
+    assert torch.equal(AttentionBlock(4, Attn(2), replace(STYLE, zero_init=True))(x), x)
 
 
 def test_without_zero_initialisation_nothing_starts_at_zero() -> None:
@@ -269,6 +274,9 @@ def restated(block: ResBlock, style: Style, x: Tensor, emb: Tensor) -> Tensor:
     if style.order is Order.NORM_ACT_CONV:
         h = block.conv1(act(group_norm(x, block.norm1)))
         h = block.conv2(act(inject(h, lambda v: group_norm(v, block.norm2))))
+    elif style.order is Order.CONV_NORM_ACT:
+        h = act(inject(block.conv1(x), lambda v: group_norm(v, block.norm1)))
+        h = act(group_norm(block.conv2(h), block.norm2))
     else:
         h = inject(group_norm(act(block.conv1(x)), block.norm1), lambda v: v)
         h = group_norm(act(block.conv2(h)), block.norm2)
@@ -295,7 +303,7 @@ def test_a_residual_block_is_its_formula(
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("skip_gain", [1.0, 0.5**0.5])
 def test_attention_is_softmax_written_out(heads: int, norm: bool, skip_gain: float) -> None:
-    block = shaken(AttentionBlock(6, heads, norm, replace(STYLE, skip_gain=skip_gain)))
+    block = shaken(AttentionBlock(6, Attn(heads, norm), replace(STYLE, skip_gain=skip_gain)))
     x = noise(2, 6, 4, 3, dtype=torch.float64)
     normed = group_norm(x, block.norm) if norm else x
     weight, bias = block.qkv.weight[:, :, 0, 0], block.qkv.bias
@@ -311,9 +319,108 @@ def test_attention_is_softmax_written_out(heads: int, norm: bool, skip_gain: flo
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_with_memory_is_softmax_over_pictures_and_memory(bias: bool) -> None:
+    op = Attn(heads=2, norm=False, head_width=5, memory=3, bias=bias)
+    block = shaken(AttentionBlock(6, op, STYLE))
+    x = noise(2, 6, 4, 3, dtype=torch.float64)
+    qkv = torch.einsum("oc,bcn->bon", block.qkv.weight[:, :, 0, 0], x.flatten(2))
+    q, k, v = (qkv + (block.qkv.bias[:, None] if bias else 0)).chunk(3, dim=1)
+    results = []
+    for head in range(2):
+        rows = slice(5 * head, 5 * head + 5)
+        mk, mv = (block.memory[i, head].T.expand(2, 5, 3) for i in (0, 1))  # (b, channel, entry)
+        keys, values = torch.cat((mk, k[:, rows]), 2), torch.cat((mv, v[:, rows]), 2)
+        chances = (q[:, rows].transpose(1, 2) @ keys / math.sqrt(5)).softmax(-1)
+        results.append(values @ chances.transpose(1, 2))
+    expected = x + block.proj(torch.cat(results, dim=1).reshape(2, 10, 4, 3))
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", Norm)
+@pytest.mark.parametrize("memory", [0, 3])
+def test_linear_attention_is_its_formula(norm: Norm, memory: int) -> None:
+    """Every output position, one by one, as sums over positions and memory."""
+    op = LinearAttn(heads=2, head_width=5, memory=memory)
+    block = shaken(LinearAttentionBlock(6, op, replace(STYLE, norm=norm)))
+    x = noise(2, 6, 4, 3, dtype=torch.float64)
+    weight = block.qkv.weight[:, :, 0, 0]
+    q, k, v = torch.einsum("oc,bcn->bon", weight, block.norm(x).flatten(2)).chunk(3, dim=1)
+    results = []
+    for head in range(2):
+        rows = slice(5 * head, 5 * head + 5)
+        keys, values = k[:, rows], v[:, rows]
+        if memory:
+            mk, mv = (block.memory[i, head].T.expand(2, 5, 3) for i in (0, 1))
+            keys, values = torch.cat((mk, keys), 2), torch.cat((mv, values), 2)
+        keys = keys.exp() / keys.exp().sum(2, keepdim=True)  # over positions
+        queries = q[:, rows].exp() / q[:, rows].exp().sum(1, keepdim=True)  # over channels
+        context = sum(keys[:, :, None, n] * values[:, None, :, n] for n in range(keys.shape[2]))
+        results.append(torch.einsum("bde,bdn->ben", context, queries / math.sqrt(5)))
+    mixed = torch.cat(results, dim=1).reshape(2, 10, 4, 3)
+    expected = x + block.proj_norm(block.proj(mixed))
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_at_zero_initialisation_linear_attention_is_the_identity_and_can_learn() -> None:
+    block = LinearAttentionBlock(4, LinearAttn(2, 3), replace(STYLE, zero_init=True, norm=Norm.RMS))
+    x = noise(2, 4, 3, 3)
+    assert torch.equal(block(x), x)
+    (block(x) * noise(2, 4, 3, 3, seed=1)).sum().backward()
+    assert block.proj_norm.weight.grad.abs().max() > 1e-3
+
+
+def test_rms_norm_is_its_formula() -> None:
+    norm = shaken(RMSNorm(6))
+    x = noise(2, 6, 4, 3, dtype=torch.float64)
+    x[0, :, 1, 1] = 0.0
+    length = x.square().sum(1, keepdim=True).sqrt()
+    expected = x / length.clamp(min=1e-12) * norm.weight.reshape(6, 1, 1) * math.sqrt(6)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_unshuffling_orders_channel_row_column() -> None:
+    """Channel 4 c + 2 row + column, as in denoising-diffusion-pytorch."""
+    layer = Downsample(2, 8, Downsampling.UNSHUFFLE)
+    with torch.no_grad():
+        layer.conv.weight.copy_(torch.eye(8)[:, :, None, None])
+        layer.conv.bias.zero_()
+    x = noise(1, 2, 4, 6)
+    expected = [x[0, c, row::2, column::2] for c in (0, 1) for row in (0, 1) for column in (0, 1)]
+    assert torch.equal(layer(x)[0], torch.stack(expected))
+
+
+@pytest.mark.parametrize(("width", "groups"), [(8, 2), (64, 16), (128, 32), (256, 32), (2, 1)])
+def test_a_group_holds_at_least_its_width(width: int, groups: int) -> None:
+    """min(32, C / 4) groups, as DDPM++ counts them."""
+    assert norm_layer(width, Style(group_width=4)).num_groups == groups
+
+
+def test_the_label_can_be_added_to_the_sinusoid() -> None:
+    options = replace(EMBEDDING, classes=3, null=True, label_first=True)
+    embedding = shaken(TimestepEmbedding(options))
+    timestep, label = noise(2, dtype=torch.float64) * 50, torch.tensor([2, 3])
+    first = embedding.sinusoid(timestep).double() + embedding.labels.weight[label]
+    expected = F.silu(embedding.linear2(F.silu(embedding.linear1(first))))
+    assert torch.equal(embedding(timestep, label, torch.float64), expected)
+
+
+@pytest.mark.parametrize("half_minus_one", [True, False])
+def test_both_roundings_of_the_frequencies_differ_in_the_last_bit_only(
+    half_minus_one: bool,
+) -> None:
+    options = Embedding(96, half_minus_one=half_minus_one)
+    one = TimestepEmbedding(options).frequencies
+    other = TimestepEmbedding(replace(options, divide_last=True)).frequencies
+    exact = 10_000.0 ** -(torch.arange(48, dtype=torch.float64) / (47 if half_minus_one else 48))
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(other.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_attention_keeps_no_score_matrix() -> None:
     """Memory grows with n, not n²: the fused kernel is used, whatever the layout going in."""
-    block = AttentionBlock(4, 2, True, STYLE)
+    block = AttentionBlock(4, Attn(2), STYLE)
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

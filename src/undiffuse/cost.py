@@ -5,7 +5,8 @@ first weight exists. The counting rules:
 
 - a convolution costs kernel area x channels in x channels out per output position (a transposed
   one: per input position), with no discount for padding; a linear layer in x out;
-- attention over n positions of c channels costs 2 n² c for its two products;
+- attention over n positions of c channels costs 2 n (n + memory) c for its two products, linear
+  attention with heads of d channels (2 n + memory) c d;
 - norms, activations, sums and resampling cost nothing;
 - one multiply-add is two FLOP; a training step is about three forward passes.
 
@@ -21,6 +22,8 @@ from undiffuse.spec import (
     Down,
     Downsampling,
     Inject,
+    LinearAttn,
+    Norm,
     Order,
     Out,
     Part,
@@ -31,6 +34,7 @@ from undiffuse.spec import (
     UNetSpec,
     Up,
     Upsampling,
+    inner_width,
     trace,
 )
 
@@ -46,7 +50,13 @@ COMPONENTS: tuple[str, ...] = (
     "output",
 )
 
-_DOWN_KERNEL = {Downsampling.CONV: 3, Downsampling.CONV_END: 3, Downsampling.CONV4: 4}
+# Weights per pair of channels; unshuffling makes channels of four positions for a 1x1 convolution.
+_DOWN_AREA = {
+    Downsampling.CONV: 9,
+    Downsampling.CONV_END: 9,
+    Downsampling.CONV4: 16,
+    Downsampling.UNSHUFFLE: 4,
+}
 
 
 # --- parameters ---------------------------------------------------------------------------------
@@ -60,16 +70,16 @@ def parameters(site: Site, style: Style) -> int:
             return _conv(w_in, w_out, kernel)
         case Res(_, resize):
             return _res_parameters(w_in, w_out, style, resize)
-        case Attn(_, norm):
-            return _norm(w_in, norm) + _conv(w_in, 3 * w_in, 1) + _conv(w_in, w_in, 1)
+        case Attn() | LinearAttn():
+            return _attention_parameters(site.op, w_in, style)
         case Down(by):
-            return _conv(w_in, w_out, _DOWN_KERNEL[by]) if by in _DOWN_KERNEL else 0
+            return w_in * w_out * _DOWN_AREA[by] + w_out if by in _DOWN_AREA else 0
         case Up(Upsampling.NEAREST_CONV):
             return _conv(w_in, w_out, 3)
         case Up(Upsampling.DECONV4):
             return _conv(w_in, w_out, 4)
         case Out(kernel, norm):
-            return _norm(w_in, norm) + _conv(w_in, w_out, kernel)
+            return (_norm(w_in, style) if norm else 0) + _conv(w_in, w_out, kernel)
         case _:
             return 0
 
@@ -83,7 +93,7 @@ def embedding_parameters(spec: UNetSpec) -> int:
         return 0
     one = spec.style.embedding
     linears = _linear(one.width, one.hidden) + _linear(one.hidden, one.out)
-    return linears + (one.classes + int(one.null)) * one.out
+    return linears + (one.classes + int(one.null)) * (one.width if one.label_first else one.out)
 
 
 def total_parameters(spec: UNetSpec) -> int:
@@ -123,10 +133,19 @@ _PART_COMPONENT = {
 
 def _res_parameters(w_in: int, w_out: int, style: Style, resize: Resize | None) -> int:
     norm_first = style.order is Order.NORM_ACT_CONV
-    norms = _norm(w_in if norm_first else w_out) + _norm(w_out)
+    norms = _norm(w_in if norm_first else w_out, style) + _norm(w_out, style)
     convs = _conv(w_in, w_out, 3) + _conv(w_out, w_out, 3)
     shortcut = _conv(w_in, w_out, 1) if _projected(w_in, w_out, style, resize) else 0
     return norms + convs + _linear(style.embedding.out, _injected(w_out, style)) + shortcut
+
+
+def _attention_parameters(op: Attn | LinearAttn, width: int, style: Style) -> int:
+    inner = inner_width(op, width)
+    linear = isinstance(op, LinearAttn)
+    norms = int(linear or op.norm) + int(linear)
+    bias = 0 if linear or not op.bias else 3 * inner
+    qkv = 3 * width * inner + bias
+    return norms * _norm(width, style) + qkv + 2 * op.memory * inner + _conv(inner, width, 1)
 
 
 def _projected(w_in: int, w_out: int, style: Style, resize: Resize | None) -> bool:
@@ -145,8 +164,8 @@ def _linear(w_in: int, w_out: int) -> int:
     return w_in * w_out + w_out
 
 
-def _norm(width: int, norm: bool = True) -> int:
-    return 2 * width if norm else 0
+def _norm(width: int, style: Style) -> int:
+    return 2 * width if style.norm is Norm.GROUP else width
 
 
 def _hears(spec: UNetSpec) -> bool:
@@ -174,9 +193,13 @@ def multiply_adds(site: Site, style: Style, height: int, width: int) -> int:
             convs = n * (9 * w_in * w_out + 9 * w_out**2 + shortcut)
             return convs + style.embedding.out * _injected(w_out, style)
         case Attn():
-            return n * 4 * w_in**2 + 2 * n**2 * w_in
+            inner = inner_width(site.op, w_in)
+            return n * inner * (4 * w_in + 2 * (n + site.op.memory))
+        case LinearAttn(_, head_width, memory):
+            inner = inner_width(site.op, w_in)
+            return n * 4 * w_in * inner + (2 * n + memory) * inner * head_width
         case Down(by):
-            return n * w_in * w_out * _DOWN_KERNEL.get(by, 0) ** 2
+            return n * w_in * w_out * _DOWN_AREA.get(by, 0)
         case Up(Upsampling.NEAREST_CONV):
             return n * w_in * w_out * 9
         case Up(Upsampling.DECONV4):
@@ -220,7 +243,6 @@ def activations(site: Site, style: Style, height: int, width: int) -> int:
     """
     w_in = site.in_width
     n_in, n = _positions(site, height, width)
-    kept = _kept_by(style.activation)
     match site.op:
         case Conv() | Up(Upsampling.DECONV4):
             return n_in * w_in
@@ -229,15 +251,23 @@ def activations(site: Site, style: Style, height: int, width: int) -> int:
         case Res(_, resize):
             return _res_activations(site, style, resize, n_in, n)
         case Attn(heads, norm):
-            # query, key, value, result, the input; the norm's input; heads laid side by side
-            return n * w_in * (5 + int(norm) + int(heads > 1))
+            # query, key, value, result; the input and the norm's input; heads laid side by side
+            inner = inner_width(site.op, w_in)
+            normed = _norm_keeps(w_in, style) if norm else 0
+            return n * (inner * (4 + int(heads > 1)) + w_in + normed)
+        case LinearAttn(_, head_width):
+            # query after its softmax and its scaling, key, value, result; the first convolution's
+            # input, two norms; keys times values
+            inner = inner_width(site.op, w_in)
+            return n * (5 * inner + w_in + 2 * _norm_keeps(w_in, style)) + inner * head_width
         case Down(by):
             indices = 2 * n * w_in if by is Downsampling.MAX else 0  # int64: two numbers each
             return n_in * w_in + indices
         case Act(by):
             return n * w_in * _kept_by(by)
         case Out(_, norm):
-            return n * w_in * (2 + kept if norm else 1)
+            normed = w_in + _norm_keeps(w_in, style) if norm else 0  # the activation is SiLU
+            return n * (w_in + normed)
         case _:
             return 0
 
@@ -245,9 +275,11 @@ def activations(site: Site, style: Style, height: int, width: int) -> int:
 def _res_activations(site: Site, style: Style, resize: Resize | None, n_in: int, n: int) -> int:
     w_in, w_out, kept = site.in_width, site.out_width, _kept_by(style.activation)
     if style.order is Order.NORM_ACT_CONV:
-        halves = n_in * w_in * (1 + kept) + n * w_in + n * w_out * (2 + kept)
+        norms = n_in * _norm_keeps(w_in, style) + n * _norm_keeps(w_out, style)
+        halves = n_in * w_in * kept + n * w_in + n * w_out * (1 + kept)
     else:
-        halves = n * w_in + n * w_out * (3 + 2 * kept)
+        norms = 2 * n * _norm_keeps(w_out, style)
+        halves = n * w_in + n * w_out * (1 + 2 * kept)
     resized = resize is not None and _projected(w_in, w_out, style, resize)
     extra = (
         n_in * w_in if resize is Resize.DOWN else 0,  # the pooling keeps its input
@@ -255,7 +287,12 @@ def _res_activations(site: Site, style: Style, resize: Resize | None, n_in: int,
         n * w_out if style.inject is Inject.SCALE_SHIFT else 0,
         n * w_out if style.dropout else 0,
     )
-    return halves + sum(extra)
+    return norms + halves + sum(extra)
+
+
+def _norm_keeps(width: int, style: Style) -> int:
+    """Numbers per position: the input, and for RMS the result before its gain and two lengths."""
+    return width if style.norm is Norm.GROUP else 2 * width + 2
 
 
 def _kept_by(activation: Activation) -> int:

@@ -50,14 +50,15 @@ def _norm(level: NoiseLevel) -> Tensor:
 class Epsilon:
     """The network predicts the noise (DDPM, 2006.11239)."""
 
-    steps: int = 1000  # the network is told (steps - 1) * t
+    steps: int = 1000  # the network is told (steps - 1) * t ...
+    timestep_scale: float = 1.0  # ... times this: improved-diffusion tells 1000 / steps per step
 
     def __call__(self, level: NoiseLevel) -> Preconditioning:
         return Preconditioning(
             c_skip=1 / level.alpha,
             c_out=-level.sigma / level.alpha,
             c_in=1 / _norm(level),
-            c_noise=(self.steps - 1) * level.t,
+            c_noise=(self.steps - 1) * level.t * self.timestep_scale,
         )
 
 
@@ -66,13 +67,14 @@ class Sample:
     """The network predicts the clean picture."""
 
     steps: int = 1000
+    timestep_scale: float = 1.0
 
     def __call__(self, level: NoiseLevel) -> Preconditioning:
         return Preconditioning(
             c_skip=torch.zeros_like(level.alpha),
             c_out=torch.ones_like(level.alpha),
             c_in=1 / _norm(level),
-            c_noise=(self.steps - 1) * level.t,
+            c_noise=(self.steps - 1) * level.t * self.timestep_scale,
         )
 
 

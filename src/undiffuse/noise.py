@@ -91,6 +91,58 @@ class LinearBetas:
 
 
 @dataclass(frozen=True)
+class ScaledLinearBetas:
+    """Latent diffusion (2112.10752): the root of beta grows linearly ("scaled_linear")."""
+
+    steps: int = 1000
+    first: float = 1e-4
+    last: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not MIN_SIGMA**2 <= self.first <= self.last < 1.0:
+            raise ConfigError(
+                f"ScaledLinearBetas needs steps >= 2 and {MIN_SIGMA**2:g} <= first <= last < 1;"
+                f" got steps={self.steps}, first={self.first}, last={self.last}"
+            )
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _level_from_table(_scaled_linear_table(self), t)
+
+    def at(self, ratio: Tensor) -> NoiseLevel:
+        return _level_at(_scaled_linear_table(self), ratio)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """2212.11972, figure 8: alpha^2 follows a sigmoid from `start` to `end`, betas capped."""
+
+    steps: int = 1000
+    start: float = -3.0
+    end: float = 3.0
+    tau: float = 1.0
+    max_beta: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not (self.start < self.end and self.tau > 0.0 < self.max_beta < 1.0):
+            raise ConfigError(
+                "Sigmoid needs steps >= 2, start < end, tau > 0 and 0 < max_beta < 1;"
+                f" got steps={self.steps}, start={self.start}, end={self.end}, tau={self.tau},"
+                f" max_beta={self.max_beta}"
+            )
+        if not float(_sigmoid_table(self)[0]) >= math.log(MIN_SIGMA):
+            raise ConfigError(
+                f"Sigmoid's first step must have sigma >= {MIN_SIGMA}; got steps={self.steps},"
+                f" start={self.start}: use fewer steps or a later start"
+            )
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _level_from_table(_sigmoid_table(self), t)
+
+    def at(self, ratio: Tensor) -> NoiseLevel:
+        return _level_at(_sigmoid_table(self), ratio)
+
+
+@dataclass(frozen=True)
 class Cosine:
     """Improved DDPM (2102.09672, eq. 17): alpha^2 follows a squared cosine, betas capped."""
 
@@ -202,6 +254,23 @@ def _log_ratios(betas: Tensor) -> Tensor:
 @cache
 def _linear_table(schedule: LinearBetas) -> Tensor:
     betas = torch.linspace(schedule.first, schedule.last, schedule.steps, dtype=torch.float64)
+    return _log_ratios(betas)
+
+
+@cache
+def _scaled_linear_table(schedule: ScaledLinearBetas) -> Tensor:
+    first, last = schedule.first**0.5, schedule.last**0.5
+    return _log_ratios(torch.linspace(first, last, schedule.steps, dtype=torch.float64).square())
+
+
+@cache
+def _sigmoid_table(schedule: Sigmoid) -> Tensor:
+    t = torch.arange(schedule.steps + 1, dtype=torch.float64) / schedule.steps
+    low, high = schedule.start / schedule.tau, schedule.end / schedule.tau
+    # 1 - sigmoid(v) = sigmoid(-v); what is constant in t cancels in the ratio of neighbours.
+    fallen = torch.sigmoid(-(low + t * (high - low)))
+    alpha_bar = fallen - fallen[-1]
+    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=schedule.max_beta)
     return _log_ratios(betas)
 
 

@@ -7,7 +7,7 @@ the pictures. `nominal` is the size at which those levels are the ones its paper
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 
 from undiffuse.errors import ConfigError
 from undiffuse.spec import (
@@ -20,6 +20,8 @@ from undiffuse.spec import (
     Downsampling,
     Embedding,
     Inject,
+    LinearAttn,
+    Norm,
     Op,
     Order,
     Out,
@@ -35,6 +37,7 @@ from undiffuse.spec import (
 
 Resample = Callable[[int], tuple[Op, ...]]  # width of the level that is left -> ops
 Attention = Callable[[int, int], tuple[Op, ...]]  # (level, width) -> ops after a Res
+UpAttention = Callable[[int, int, int], tuple[Op, ...]]  # (level, width, block) -> the same
 
 
 def hourglass(
@@ -44,10 +47,18 @@ def hourglass(
     down: Resample,
     up: Resample,
     middle: tuple[Op, ...] = (Attn(),),
+    stem: int | None = None,
+    up_attention: UpAttention | None = None,
 ) -> Program:
     """The DDPM family (2006.11239, appendix B): `blocks` Res per level on the way down and one
-    more on the way up, a skip after every op of the encoder, Res - middle - Res at the bottom."""
-    program: list[Op] = [Conv(widths[0]), Skip()]
+    more on the way up, a skip after every op of the encoder, Res - middle - Res at the bottom.
+
+    Args:
+        middle: between the two Res at the bottom.
+        stem: width of the first convolution (default: that of the first level).
+        up_attention: on the way up, where it differs from `attention`.
+    """
+    program: list[Op] = [Conv(stem or widths[0]), Skip()]
     for level, width in enumerate(widths):
         if level:
             program += [*down(widths[level - 1]), Skip()]
@@ -55,8 +66,11 @@ def hourglass(
             program += [Res(width), *attention(level, width), Skip()]
     program += [Res(widths[-1]), *middle, Res(widths[-1])]
     for level, width in reversed(list(enumerate(widths))):
-        for _ in range(blocks + 1):
-            program += [Concat(), Res(width), *attention(level, width)]
+        for block in range(blocks + 1):
+            program += [Concat(), Res(width)]
+            program += (
+                up_attention(level, width, block) if up_attention else attention(level, width)
+            )
         if level:
             program += up(width)
     return (*program, Out())
@@ -108,17 +122,18 @@ def improved_family(
         lambda _: (Up(),),
         middle=(Attn(4),),
     )
-    embedding = _embedding(base, sin_first=False)
-    return UNetSpec(
-        channels, channels, program, Style(inject=Inject.SCALE_SHIFT, embedding=embedding)
-    )
+    return UNetSpec(channels, channels, program, _style_openai(base))
 
 
 def adm_family(
-    base: int, mults: Sequence[int], blocks: int, attention_levels: Sequence[int], channels: int = 3
+    base: int,
+    mults: Sequence[float],
+    blocks: int,
+    attention_levels: Sequence[int],
+    channels: int = 3,
 ) -> UNetSpec:
     """ADM (2105.05233): heads of 64 channels, resampling inside residual blocks."""
-    widths = [base * m for m in mults]
+    widths = [int(base * m) for m in mults]
     heads = head_width(64)
     program = hourglass(
         widths,
@@ -128,14 +143,75 @@ def adm_family(
         lambda width: (Res(width, Resize.UP),),
         middle=(Attn(heads(widths[-1])),),
     )
-    embedding = _embedding(base, sin_first=False)
-    return UNetSpec(
-        channels, channels, program, Style(inject=Inject.SCALE_SHIFT, embedding=embedding)
+    return UNetSpec(channels, channels, program, _style_openai(base))
+
+
+def _style_openai(base: int) -> Style:
+    embedding = Embedding(base, 4 * base, 4 * base, sin_first=False, divide_last=True)
+    return Style(inject=Inject.SCALE_SHIFT, embedding=embedding)
+
+
+def ddpmpp_family(
+    base: int, mults: Sequence[int], blocks: int, attention_levels: Sequence[int], channels: int = 3
+) -> UNetSpec:
+    """DDPM++ (2011.13456) as 2206.00364 trains it: sums scaled by sqrt(1/2), resampling inside
+    residual blocks, and on the way up attention after the last block of a level only."""
+    widths = [base * m for m in mults]
+    attention = attention_at(attention_levels)
+    program = hourglass(
+        widths,
+        blocks,
+        attention,
+        lambda width: (Res(width, Resize.DOWN),),
+        lambda width: (Res(width, Resize.UP),),
+        stem=base,
+        up_attention=lambda level, width, block: attention(level, width) if block == blocks else (),
+    )
+    embedding = replace(_embedding(base, half_minus_one=True), label_first=True)
+    style = Style(
+        group_width=4, eps=1e-6, skip_gain=0.5**0.5, project_resized=True, embedding=embedding
+    )
+    return UNetSpec(channels, channels, program, style)
+
+
+def lucidrains_family(
+    base: int,
+    mults: Sequence[int] = (1, 2, 4, 8),
+    channels: int = 3,
+    full: Sequence[int] | None = None,
+) -> UNetSpec:
+    """The network of denoising-diffusion-pytorch: two blocks per level at the width of the level
+    above, attention after the second, linear except on the levels `full` (default: the last)."""
+    dims = [base, *(base * m for m in mults)]
+    last = len(mults) - 1
+    linear = LinearAttn(heads=4, head_width=32, memory=4)
+    softmax = Attn(heads=4, head_width=32, memory=4, bias=False)
+    attention = [softmax if i in (full or (last,)) else linear for i in range(len(mults))]
+    program: list[Op] = [Conv(base, 7), Skip()]
+    for i, (wide, wider) in enumerate(pairwise(dims)):
+        program += [Res(wide), Skip(), Res(wide), attention[i], Skip()]
+        program += [Conv(wider) if i == last else Down(Downsampling.UNSHUFFLE, wider)]
+    program += [Res(dims[-1]), softmax, Res(dims[-1])]
+    for i, (wide, wider) in reversed(list(enumerate(pairwise(dims)))):
+        program += [Concat(), Res(wider), Concat(), Res(wider), attention[i]]
+        program += [Conv(wide) if i == 0 else Up(Upsampling.NEAREST_CONV, wide)]
+    program += [Concat(), Res(base), Out(kernel=1, norm=False)]
+    return UNetSpec(channels, channels, tuple(program), _style_lucidrains(base))
+
+
+def _style_lucidrains(base: int) -> Style:
+    embedding = replace(_embedding(base, half_minus_one=True), activation=Activation.GELU)
+    return Style(
+        norm=Norm.RMS,
+        order=Order.CONV_NORM_ACT,
+        inject=Inject.SCALE_SHIFT,
+        zero_init=False,
+        embedding=embedding,
     )
 
 
-def _embedding(base: int, sin_first: bool = True, half_minus_one: bool = False) -> Embedding:
-    return Embedding(base, 4 * base, 4 * base, sin_first=sin_first, half_minus_one=half_minus_one)
+def _embedding(base: int, half_minus_one: bool = False) -> Embedding:
+    return Embedding(base, 4 * base, 4 * base, half_minus_one=half_minus_one)
 
 
 # --- the networks of the four texts -------------------------------------------------------------

@@ -29,6 +29,7 @@ class Downsampling(StrEnum):
     CONV = "conv"  # 3x3 convolution, stride 2, padding 1
     CONV_END = "conv_end"  # the same, but padded at the right and bottom only (DDPM)
     CONV4 = "conv4"  # 4x4 convolution, stride 2, padding 1
+    UNSHUFFLE = "unshuffle"  # four neighbours become four channels, then a 1x1 convolution
     MAX = "max"
     AVG = "avg"
 
@@ -67,7 +68,15 @@ class Order(StrEnum):
     """Order of the three parts of each half of a `Res` block."""
 
     NORM_ACT_CONV = "norm_act_conv"
-    CONV_ACT_NORM = "conv_act_norm"
+    CONV_ACT_NORM = "conv_act_norm"  # text 000
+    CONV_NORM_ACT = "conv_norm_act"  # denoising-diffusion-pytorch
+
+
+class Norm(StrEnum):
+    """What normalises the features in `Res`, `Attn`, `LinearAttn` and `Out`."""
+
+    GROUP = "group"  # mean and variance of groups of channels (1803.08494)
+    RMS = "rms"  # length of the channel vector at each position (denoising-diffusion-pytorch)
 
 
 class Inject(StrEnum):
@@ -106,7 +115,20 @@ class Attn:
     """Self-attention over all positions, added to its input."""
 
     heads: int = 1
-    norm: bool = True
+    norm: bool = True  # False: diffusers' middle block with scale-shift has no norm there
+    head_width: int | None = None  # channels per head; None: the width divided by `heads`
+    memory: int = 0  # learned keys and values beside those of the picture
+    bias: bool = True  # of query, key and value
+
+
+@dataclass(frozen=True)
+class LinearAttn:
+    """Attention whose cost is linear in the number of positions (1812.01243, in the form of
+    denoising-diffusion-pytorch), added to its input."""
+
+    heads: int = 4
+    head_width: int = 32
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,10 +174,10 @@ class Out:
     norm: bool = True
 
 
-Op = Conv | Res | Attn | Down | Up | Act | Skip | Concat | Out
+Op = Conv | Res | Attn | LinearAttn | Down | Up | Act | Skip | Concat | Out
 Program = tuple[Op, ...]
 
-OPS: tuple[type[Op], ...] = (Conv, Res, Attn, Down, Up, Act, Skip, Concat, Out)
+OPS: tuple[type[Op], ...] = (Conv, Res, Attn, LinearAttn, Down, Up, Act, Skip, Concat, Out)
 
 
 @dataclass(frozen=True)
@@ -164,6 +186,7 @@ class Embedding:
 
     sinusoid of `width` values -> Linear(`hidden`) -> activation -> Linear(`out`), plus a row of
     the label table, then `final_activation`. The sinusoid is that of 1706.03762, section 3.5.
+    With `label_first` the label's row is added to the sinusoid instead.
     """
 
     width: int = 128
@@ -173,15 +196,19 @@ class Embedding:
     final_activation: Activation | None = Activation.SILU
     sin_first: bool = True
     half_minus_one: bool = False  # divide the log-frequencies by half - 1 instead of half (DDPM)
+    divide_last: bool = False  # the last bit of the frequencies as in diffusers, guided-diffusion
     classes: int = 0  # labels 0 ... classes - 1
     null: bool = False  # one more row, label `classes`, that means "no class"
+    label_first: bool = False  # DDPM++ of 2206.00364 adds the label before the two layers
 
 
 @dataclass(frozen=True)
 class Style:
     """What is alike in every block of one network."""
 
-    groups: int = 32  # used: the largest divisor of the width that is at most this
+    norm: Norm = Norm.GROUP
+    groups: int = 32  # used: the largest divisor of the width that is at most this ...
+    group_width: int = 1  # ... and leaves this many channels in a group (DDPM++: 4)
     eps: float = 1e-5
     order: Order = Order.NORM_ACT_CONV
     inject: Inject = Inject.ADD
@@ -294,8 +321,18 @@ def trace(spec: UNetSpec) -> Iterator[Site]:
         )
 
 
+def groups_of(width: int, style: Style) -> int:
+    """The number of groups that a norm of `width` channels really uses."""
+    return largest_divisor(width, max(1, min(style.groups, width // style.group_width)))
+
+
+def inner_width(op: Attn | LinearAttn, width: int) -> int:
+    """Channels that the heads of an attention hold together, in a network of `width` there."""
+    return width if op.head_width is None else op.heads * op.head_width
+
+
 def largest_divisor(width: int, limit: int) -> int:
-    """The number of groups really used: the largest divisor of `width` that is <= `limit`."""
+    """The largest divisor of `width` that is at most `limit`."""
     return next(g for g in range(min(width, limit), 0, -1) if width % g == 0)
 
 
@@ -351,7 +388,7 @@ def _out_width(index: int, op: Op, width: int, saved: _Saved | None, out_channel
             _check_positive(f"op {index} {type(op).__name__}: width", op.width)
             _check_kernel(index, op)
             return op.width
-        case Attn():
+        case Attn() | LinearAttn():
             _check_heads(index, op, width)
             return width
         case Down() | Up():
@@ -449,9 +486,14 @@ def _check_kernel(index: int, op: Op) -> None:
         )
 
 
-def _check_heads(index: int, op: Attn, width: int) -> None:
-    _check_positive(f"op {index} Attn: heads", op.heads)
-    if width % op.heads:
+def _check_heads(index: int, op: Attn | LinearAttn, width: int) -> None:
+    where = f"op {index} {type(op).__name__}"
+    _check_positive(f"{where}: heads", op.heads)
+    if type(op.memory) is not int or op.memory < 0:
+        raise SpecError(f"{where}: memory must be a whole number of at least 0; got {op.memory!r}")
+    if op.head_width is not None:
+        _check_positive(f"{where}: head_width", op.head_width)
+    elif width % op.heads:
         legal = (h for h in range(1, min(width, 1024) + 1) if width % h == 0)
         shown = ", ".join(str(h) for h in islice(legal, 8))
         raise SpecError(
@@ -462,6 +504,8 @@ def _check_heads(index: int, op: Attn, width: int) -> None:
 
 def _check_style(style: Style) -> None:
     _check_positive("style.groups", style.groups)
+    _check_positive("style.group_width", style.group_width)
+    _check_choice("style.norm", style.norm, Norm)
     if not (_is_finite(style.dropout) and 0.0 <= style.dropout < 1.0):
         raise SpecError(f"style.dropout must be at least 0 and below 1; got {style.dropout!r}")
     for name in ("eps", "skip_gain"):

@@ -24,6 +24,8 @@ from undiffuse.spec import (
     Embedding,
     Inject,
     Join,
+    LinearAttn,
+    Norm,
     Order,
     Out,
     Res,
@@ -34,7 +36,8 @@ from undiffuse.spec import (
     UNetSpec,
     Up,
     Upsampling,
-    largest_divisor,
+    groups_of,
+    inner_width,
     trace,
 )
 
@@ -100,8 +103,10 @@ def build(site: Site, style: Style) -> nn.Module:
             return nn.Conv2d(site.in_width, width, kernel, padding=kernel // 2)
         case Res(width, resize):
             return ResBlock(site.in_width, width, style, resize)
-        case Attn(heads, norm):
-            return AttentionBlock(site.in_width, heads, norm, style)
+        case Attn():
+            return AttentionBlock(site.in_width, site.op, style)
+        case LinearAttn():
+            return LinearAttentionBlock(site.in_width, site.op, style)
         case Down(by):
             return Downsample(site.in_width, site.out_width, by)
         case Up(by):
@@ -128,15 +133,18 @@ class TimestepEmbedding(nn.Module):
         self.linear1 = nn.Linear(embedding.width, embedding.hidden)
         self.linear2 = nn.Linear(embedding.hidden, embedding.out)
         rows = embedding.classes + int(embedding.null)
-        self.labels = nn.Embedding(rows, embedding.out) if rows else None
+        width = embedding.width if embedding.label_first else embedding.out
+        self.labels = nn.Embedding(rows, width) if rows else None
 
     def forward(
         self, timestep: Shaped[Tensor, "b"], label: Int[Tensor, "b"] | None, dtype: torch.dtype
     ) -> Float[Tensor, "b e"]:
-        emb = self.linear1(self.sinusoid(timestep).to(dtype))
-        emb = self.linear2(ACTIVATIONS[self.options.activation](emb))
-        if self.labels is not None:
-            emb = emb + self._rows(self.labels, self._or_null(label, timestep))
+        emb = self.sinusoid(timestep).to(dtype)
+        if self.options.label_first:
+            emb = self._labelled(emb, timestep, label)
+        emb = self.linear2(ACTIVATIONS[self.options.activation](self.linear1(emb)))
+        if not self.options.label_first:
+            emb = self._labelled(emb, timestep, label)
         if self.options.final_activation is not None:
             emb = ACTIVATIONS[self.options.final_activation](emb)
         return emb
@@ -150,6 +158,11 @@ class TimestepEmbedding(nn.Module):
         halves = (angles.sin(), angles.cos())
         emb = torch.cat(halves if self.options.sin_first else halves[::-1], dim=1)
         return F.pad(emb, (0, self.options.width % 2))
+
+    def _labelled(self, emb: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
+        if self.labels is None:
+            return emb
+        return emb + self._rows(self.labels, self._or_null(label, timestep))
 
     def _or_null(self, label: Tensor | None, timestep: Tensor) -> Tensor:
         if label is not None:
@@ -180,7 +193,12 @@ class TimestepEmbedding(nn.Module):
 def _frequencies(embedding: Embedding) -> Float[Tensor, "half"]:
     half = embedding.width // 2
     steps = half - 1 if embedding.half_minus_one else half
-    return torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10_000.0) / steps))
+    k = torch.arange(half, dtype=torch.float32)
+    # The same numbers but for the last bit. At timestep 999 that bit is an angle of 6e-5, so a
+    # network only gives its trained outputs to the last digit when it is rounded as in training.
+    if embedding.divide_last:
+        return torch.exp(k * -math.log(10_000.0) / steps)
+    return torch.exp(k * (-math.log(10_000.0) / steps))
 
 
 class ResBlock(nn.Module):
@@ -195,10 +213,10 @@ class ResBlock(nn.Module):
         self.style, self.resize = style, resize
         norm_first = style.order is Order.NORM_ACT_CONV
         both = 2 if style.inject is Inject.SCALE_SHIFT else 1
-        self.norm1 = group_norm(in_width if norm_first else out_width, style)
+        self.norm1 = norm_layer(in_width if norm_first else out_width, style)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
         self.time_proj = nn.Linear(style.embedding.out, both * out_width)
-        self.norm2 = group_norm(out_width, style)
+        self.norm2 = norm_layer(out_width, style)
         self.dropout = nn.Dropout(style.dropout)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         projected = in_width != out_width or (resize is not None and style.project_resized)
@@ -209,14 +227,19 @@ class ResBlock(nn.Module):
     def forward(self, x: Features, emb: Float[Tensor, "b e"]) -> Changed:
         act = ACTIVATIONS[self.style.activation]
         parts = self.time_proj(emb)[..., None, None].chunk(self._injected(), dim=1)
-        if self.style.order is Order.NORM_ACT_CONV:
-            h = self.conv1(resample(norm_act(self.norm1, x, act), self.resize))
-            h = self._inject_norm_act(h, parts, act)
-            h = self.conv2(self.dropout(h))
-        else:
-            h = self.norm1(act(self.conv1(resample(x, self.resize))))
-            h = h * (1 + parts[0]) + parts[1] if len(parts) == 2 else h + parts[0]
-            h = self.norm2(act(self.conv2(self.dropout(h))))
+        match self.style.order:
+            case Order.NORM_ACT_CONV:
+                h = self.conv1(resample(norm_act(self.norm1, x, act), self.resize))
+                h = self._inject_norm_act(self.norm2, h, parts, act)
+                h = self.conv2(self.dropout(h))
+            case Order.CONV_NORM_ACT:
+                h = self.conv1(resample(x, self.resize))
+                h = self._inject_norm_act(self.norm1, h, parts, act)
+                h = norm_act(self.norm2, self.conv2(self.dropout(h)), act)
+            case Order.CONV_ACT_NORM:
+                h = self.norm1(act(self.conv1(resample(x, self.resize))))
+                h = h * (1 + parts[0]) + parts[1] if len(parts) == 2 else h + parts[0]
+                h = self.norm2(act(self.conv2(self.dropout(h))))
         h = self.shortcut(resample(x, self.resize)) + h
         return h if self.style.skip_gain == 1.0 else h * self.style.skip_gain
 
@@ -224,38 +247,92 @@ class ResBlock(nn.Module):
         return 2 if self.style.inject is Inject.SCALE_SHIFT else 1
 
     def _inject_norm_act(
-        self, h: Tensor, parts: tuple[Tensor, ...], act: Callable[[Tensor], Tensor]
+        self,
+        norm: nn.Module,
+        h: Tensor,
+        parts: tuple[Tensor, ...],
+        act: Callable[[Tensor], Tensor],
     ) -> Tensor:
         if len(parts) == 1:
-            return norm_act(self.norm2, h + parts[0], act)
+            return norm_act(norm, h + parts[0], act)
         scale, shift = parts
-        return act(self.norm2(h) * (1 + scale) + shift)
+        return act(norm(h) * (1 + scale) + shift)
 
 
 class AttentionBlock(nn.Module):
     """x + proj(attention(norm(x))) over all h*w positions.
 
-    Rows of `qkv` are ordered (query, key, value)(head)(channel).
+    Rows of `qkv` are ordered (query, key, value)(head)(channel); `memory`, if the op has any,
+    (key, value)(head)(entry)(channel).
     """
 
-    def __init__(self, width: int, heads: int, norm: bool, style: Style) -> None:
+    def __init__(self, width: int, op: Attn, style: Style) -> None:
         super().__init__()
-        self.heads, self.skip_gain = heads, style.skip_gain
-        self.norm = group_norm(width, style) if norm else nn.Identity()
-        self.qkv = nn.Conv2d(width, 3 * width, 1)
-        self.proj = nn.Conv2d(width, width, 1)
+        self.heads, self.skip_gain = op.heads, style.skip_gain
+        inner = inner_width(op, width)
+        self.norm = norm_layer(width, style) if op.norm else nn.Identity()
+        self.qkv = nn.Conv2d(width, 3 * inner, 1, bias=op.bias)
+        self.memory = memory_of(op, inner)
+        self.proj = nn.Conv2d(inner, width, 1)
         if style.zero_init:
             zero_(self.proj)
 
     def forward(self, x: Features) -> Features:
-        b, c, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, height * width)
+        b, _, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, -1, height * width)
         # The fused kernels want the channels of a head next to each other; without the copy
         # torch falls back to one that stores all n² scores.
         q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)
+        k, v = remember(self.memory, k, v)
         h = F.scaled_dot_product_attention(q, k, v)
-        h = self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
+        h = self.proj(h.transpose(-1, -2).reshape(b, -1, height, width))
         return x + h if self.skip_gain == 1.0 else (x + h) * self.skip_gain
+
+
+class LinearAttentionBlock(nn.Module):
+    """x + norm(proj(attention(norm(x)))) at a cost linear in the number of positions.
+
+    Softmax is taken of the queries over channels and of the keys over positions, so that keys and
+    values meet first, in one small matrix per head (1812.01243; denoising-diffusion-pytorch).
+    Rows of `qkv` and of `memory` are ordered as in `AttentionBlock`.
+    """
+
+    def __init__(self, width: int, op: LinearAttn, style: Style) -> None:
+        super().__init__()
+        self.heads, self.skip_gain = op.heads, style.skip_gain
+        inner = inner_width(op, width)
+        self.norm = norm_layer(width, style)
+        self.qkv = nn.Conv2d(width, 3 * inner, 1, bias=False)
+        self.memory = memory_of(op, inner)
+        self.proj = nn.Conv2d(inner, width, 1)
+        self.proj_norm = norm_layer(width, style)
+        if style.zero_init:  # the gain, not `proj`: RMSNorm has no slope at zero
+            nn.init.zeros_(self.proj_norm.weight)
+
+    def forward(self, x: Features) -> Features:
+        b, _, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, -1, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        k, v = remember(self.memory, k, v)
+        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
+        h = q @ (k.softmax(dim=-2).transpose(-1, -2) @ v)
+        h = self.proj_norm(self.proj(h.transpose(-1, -2).reshape(b, -1, height, width)))
+        return x + h if self.skip_gain == 1.0 else (x + h) * self.skip_gain
+
+
+def memory_of(op: Attn | LinearAttn, inner: int) -> nn.Parameter | None:
+    """Learned (key, value)(head)(entry)(channel), or nothing."""
+    if not op.memory:
+        return None
+    return nn.Parameter(torch.randn(2, op.heads, op.memory, inner // op.heads))
+
+
+def remember(memory: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the learned keys and values before those of each picture."""
+    if memory is None:
+        return k, v
+    mk, mv = (one.to(k.dtype).expand(k.shape[0], -1, -1, -1) for one in memory)
+    return torch.cat((mk, k), dim=2), torch.cat((mv, v), dim=2)
 
 
 class Downsample(nn.Module):
@@ -271,13 +348,24 @@ class Downsample(nn.Module):
                 self.conv = nn.Conv2d(in_width, out_width, 3, stride=2)
             case Downsampling.CONV4:
                 self.conv = nn.Conv2d(in_width, out_width, 4, stride=2, padding=1)
+            case Downsampling.UNSHUFFLE:
+                self.conv = nn.Conv2d(4 * in_width, out_width, 1)
             case Downsampling.MAX | Downsampling.AVG:
                 self.conv = None
 
     def forward(self, x: Features) -> Changed:
-        if self.conv is None:
-            return F.max_pool2d(x, 2) if self.by is Downsampling.MAX else F.avg_pool2d(x, 2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.by is Downsampling.CONV_END else x)
+        match self.by:
+            case Downsampling.MAX:
+                x = F.max_pool2d(x, 2)
+            case Downsampling.AVG:
+                x = F.avg_pool2d(x, 2)
+            case Downsampling.CONV_END:
+                x = F.pad(x, (0, 1, 0, 1))
+            case Downsampling.UNSHUFFLE:
+                x = F.pixel_unshuffle(x, 2)
+            case Downsampling.CONV | Downsampling.CONV4:
+                pass
+        return x if self.conv is None else self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -299,21 +387,23 @@ class Upsample(nn.Module):
 
 
 class Head(nn.Module):
-    """The last op: (norm, activation,) convolution to the output channels."""
+    """The last op: (norm, SiLU,) convolution to the output channels.
+
+    SiLU whatever the blocks use, as in all the peers.
+    """
 
     def __init__(
         self, in_width: int, out_channels: int, kernel: int, norm: bool, style: Style
     ) -> None:
         super().__init__()
-        self.norm = group_norm(in_width, style) if norm else None
-        self.activation = style.activation
+        self.norm = norm_layer(in_width, style) if norm else None
         self.conv = nn.Conv2d(in_width, out_channels, kernel, padding=kernel // 2)
         if style.zero_init:
             zero_(self.conv)
 
     def forward(self, x: Features) -> Changed:
         if self.norm is not None:
-            x = norm_act(self.norm, x, ACTIVATIONS[self.activation])
+            x = norm_act(self.norm, x, F.silu)
         return self.conv(x)
 
 
@@ -354,9 +444,27 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def group_norm(width: int, style: Style) -> nn.GroupNorm:
-    """GroupNorm with the largest number of groups, at most `style.groups`, that divides `width`."""
-    return GroupNorm(largest_divisor(width, style.groups), width, style.eps)
+class RMSNorm(nn.Module):
+    """x / |x| * sqrt(channels) * weight, |x| over the channels of each position.
+
+    The form of denoising-diffusion-pytorch: no eps under the root, so zero stays zero.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Features) -> Features:
+        return F.normalize(x, dim=1) * self.weight[:, None, None] * self.weight.shape[0] ** 0.5
+
+
+def norm_layer(width: int, style: Style) -> GroupNorm | RMSNorm:
+    """The norm that `style` asks for, over `width` channels."""
+    match style.norm:
+        case Norm.GROUP:
+            return GroupNorm(groups_of(width, style), width, style.eps)
+        case Norm.RMS:
+            return RMSNorm(width)
 
 
 def norm_act(norm: nn.Module, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:

@@ -17,7 +17,15 @@ from typing import get_type_hints as resolved_hints
 from undiffuse.checkpoint._pictures import Pictures
 from undiffuse.denoiser import Epsilon, FlowVelocity, KarrasPrecond, Prediction, Sample, Velocity
 from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.noise import Cosine, Flow, Karras, LinearBetas, Schedule
+from undiffuse.noise import (
+    Cosine,
+    Flow,
+    Karras,
+    LinearBetas,
+    ScaledLinearBetas,
+    Schedule,
+    Sigmoid,
+)
 from undiffuse.spec import OPS, Embedding, Style, UNetSpec
 
 if TYPE_CHECKING:
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
 else:
     JSON = object  # checkers of types at run time cannot follow an alias into itself
 
-Schedules = LinearBetas | Cosine | Karras | Flow
+Schedules = LinearBetas | ScaledLinearBetas | Sigmoid | Cosine | Karras | Flow
 Predictions = Epsilon | Sample | Velocity | FlowVelocity | KarrasPrecond
 
 TYPES: tuple[type, ...] = (

@@ -33,6 +33,7 @@ def describe(arguments: Arguments, out: Output) -> int:
     """Describe the target: a preset, a run or model file, a folder of pictures, or all names."""
     target = arguments.given.get("target")
     if target is None:
+        _refuse_animation(arguments, "needs a network: name a preset, a run or a model file")
         return _names(out)
     path = Path(str(target))
     if target in recipes.PRESETS:
@@ -40,6 +41,7 @@ def describe(arguments: Arguments, out: Output) -> int:
     if _is_run(path) or (path.suffix == ".safetensors" and path.exists()):
         return _network(_from_model(path, arguments), arguments, out)
     if path.is_dir() or target in BUNDLED or path.suffix == ".npz":
+        _refuse_animation(arguments, f"is for networks; {target} is a set of pictures")
         from undiffuse.cli._describe_pictures import describe_pictures
 
         return describe_pictures(str(target), arguments, out)
@@ -211,9 +213,26 @@ def _component_lines(spec: UNetSpec, total: int) -> list[str]:
 
 def _draw(network: _Network, arguments: Arguments) -> Path | None:
     if "output" not in arguments.given:
+        _refuse_animation(arguments, "needs a file: add --output u.svg")
         return None
     from undiffuse import drawing
 
-    path = Path(str(arguments.given["output"]))
-    drawing.save(drawing.draw_unet(network.spec, network.size), path)
+    path, (spec, size) = Path(str(arguments.given["output"])), (network.spec, network.size)
+    costs = _costs(spec, cost.padded(spec, *size))
+    if "animate" in arguments.given:
+        drawing.save_svg(drawing.animate_unet(spec, size, *costs), path)
+    else:
+        drawing.save(drawing.draw_unet(spec, size, *costs), path)
     return path
+
+
+def _costs(spec: UNetSpec, size: tuple[int, int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Parameters and multiply-adds per op index; `size` is that of the padded picture."""
+    sites = list(trace(spec))
+    counts = {site.index: cost.parameters(site, spec.style) for site in sites}
+    return counts, {site.index: cost.multiply_adds(site, spec.style, *size) for site in sites}
+
+
+def _refuse_animation(arguments: Arguments, why: str) -> None:
+    if "animate" in arguments.given:
+        raise ConfigError(f"animate {why}")

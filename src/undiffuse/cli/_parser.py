@@ -349,6 +349,9 @@ def _add_describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="draw the U as .svg or .png, pictures as a contact sheet"
     )
+    parser.add_argument(
+        "--animate", action="store_true", default=None, help="let the data flow through the .svg"
+    )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
