@@ -23,12 +23,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """`read(*theirs)` is ours; `write(ours)` gives theirs back, in the order of `theirs`."""
+    """`read` makes ours of theirs, in the order of `theirs`; `write` is its inverse."""
 
     ours: str
     theirs: tuple[str, ...]
-    read: Callable[..., Tensor]
-    write: Callable[[Tensor], tuple[Tensor, ...]]
+    read: Callable[[Sequence[Tensor]], Tensor]
+    write: Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def mean_only(imported: Imported) -> Imported:
 
 def same(ours: str, theirs: str) -> Rule:
     """One tensor, one tensor."""
-    return Rule(ours, (theirs,), lambda t: t, lambda t: (t,))
+    return Rule(ours, (theirs,), lambda ts: ts[0], lambda t: (t,))
 
 
 def squeezed(ours: str, theirs: str, ones: int) -> Rule:
@@ -104,7 +104,7 @@ def squeezed(ours: str, theirs: str, ones: int) -> Rule:
     return Rule(
         ours,
         (theirs,),
-        lambda t: t.reshape(*t.shape, *(1,) * ones),
+        lambda ts: ts[0].reshape(*ts[0].shape, *(1,) * ones),
         lambda t: (t.reshape(t.shape[: t.ndim - ones]),),
     )
 
@@ -125,8 +125,8 @@ def then(rule: Rule, read: Callable[[Tensor], Tensor], write: Callable[[Tensor],
     """The rule, with a rearrangement on our side and its inverse."""
     return replace(
         rule,
-        read=lambda *theirs: read(rule.read(*theirs)),
-        write=lambda ours: rule.write(write(ours)),
+        read=lambda ts: read(rule.read(ts)),
+        write=lambda t: rule.write(write(t)),
     )
 
 
@@ -135,13 +135,13 @@ def stacked(ours: str, theirs: tuple[str, str, str], ones: int) -> Rule:
     return Rule(
         ours,
         theirs,
-        lambda *parts: torch.cat(parts).reshape(-1, *parts[0].shape[1:], *(1,) * ones),
-        lambda t: tuple(t.reshape(t.shape[: t.ndim - ones]).chunk(3)),
+        lambda ts: torch.cat(list(ts)).reshape(-1, *ts[0].shape[1:], *(1,) * ones),
+        lambda t: t.reshape(t.shape[: t.ndim - ones]).chunk(3),
     )
 
 
 def rows_by_head(rule: Rule, heads: int) -> Rule:
-    """Their rows are (head)(query, key, value)(channel), ours (query, key, value)(head)(channel)."""
+    """Their rows are (head)(query, key, value)(channel); ours begin with (query, key, value)."""
     return then(
         rule,
         lambda t: _swapped(t, (heads, 3, -1), (1, 0, 2)),
@@ -203,7 +203,7 @@ def _fitting(rule: Rule, theirs: list[Tensor], shapes: Mapping[str, Shape]) -> T
                 f"{name} is {have.dtype} {list(have.shape)} in the file,"
                 f" {list(want.shape)} in this network"
             )
-    return rule.read(*theirs).contiguous()
+    return rule.read(theirs).contiguous()
 
 
 def write_weights(rules: Sequence[Rule], ours: Tensors) -> dict[str, Tensor]:
