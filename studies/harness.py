@@ -39,6 +39,7 @@ and stand beside the description of the machine.
 import hashlib
 import inspect
 import json
+import math
 import os
 import platform
 import time
@@ -211,8 +212,8 @@ class Training:
 class History:
     """What a training left behind besides the weights."""
 
-    losses: tuple[float, ...]  # of every step
-    grad_norms: tuple[float, ...]
+    losses: tuple[float | None, ...]  # of every step; None where not finite
+    grad_norms: tuple[float | None, ...]
     seconds_per_step: float
     parameters: int
     diverged: bool
@@ -250,12 +251,16 @@ def _history(
     training: Training, reports: Sequence[StepReport], seconds: float, diverged: bool
 ) -> History:
     return History(
-        tuple(round(float(r.loss), 6) for r in reports),
-        tuple(round(float(r.grad_norm), 6) for r in reports),
+        tuple(_finite(float(r.loss)) for r in reports),
+        tuple(_finite(float(r.grad_norm)) for r in reports),
         round(seconds, 5),
         cost.total_parameters(training.spec),
         diverged,
     )
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
 
 
 # --- the lab ------------------------------------------------------------------------------------

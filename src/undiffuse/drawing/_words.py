@@ -15,6 +15,7 @@ from undiffuse.spec import (
     Concat,
     Conv,
     Down,
+    LinearAttn,
     Op,
     Out,
     Res,
@@ -38,7 +39,7 @@ class Look(NamedTuple):
     does: str  # a sentence
 
 
-_LOOKS: Mapping[type[Op], Look] = {
+_LOOKS: Mapping[type[object], Look] = {
     Conv: Look(
         *("Conv", "#dcefe0", "#6ba57c", "convolution"),
         "Every position looks at its neighbours and gets a new list of channels.",
@@ -50,6 +51,10 @@ _LOOKS: Mapping[type[Op], Look] = {
     Attn: Look(
         *("Attn", "#fbe3c6", "#d69b4f", "self-attention"),
         "Every position looks at every other one and adds what it finds.",
+    ),
+    LinearAttn: Look(
+        *("LinA", "#fdf0cf", "#c9a544", "linear attention"),
+        "Every position adds a mixture of what all others offer, at a cost linear in their number.",
     ),
     Down: Look(
         *("Down", "#f6d6d9", "#cc7f88", "halve"),
@@ -75,13 +80,13 @@ _LOOKS: Mapping[type[Op], Look] = {
 }
 
 
-def look_of(kind: type[Op]) -> Look:
+def look_of(kind: type[object]) -> Look:
     """The look of a kind of op, known or new."""
     name, doc = kind.__name__, (kind.__doc__ or kind.__name__).strip().splitlines()[0]
     return _LOOKS.get(kind) or Look(name, "#eef0f2", "#a3acb7", name.lower(), doc)
 
 
-def blocks_among(kinds: set[type[Op]]) -> list[type[Op]]:
+def blocks_among(kinds: set[type[object]]) -> list[type[object]]:
     """The kinds that are drawn as blocks, in the legend's order, new ones last."""
     known = [kind for kind in _LOOKS if kind in kinds]
     new = sorted(kinds - set(_LOOKS), key=lambda kind: kind.__name__)

@@ -123,10 +123,11 @@ def layer_1x1(ours: str, theirs: str, ones: int, bias: bool = True) -> tuple[Rul
 
 def then(rule: Rule, read: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor]) -> Rule:
     """The rule, with a rearrangement on our side and its inverse."""
-    return replace(
-        rule,
-        read=lambda ts: read(rule.read(ts)),
-        write=lambda t: rule.write(write(t)),
+    return Rule(
+        rule.ours,
+        rule.theirs,
+        lambda ts: read(rule.read(ts)),
+        lambda t: rule.write(write(t)),
     )
 
 

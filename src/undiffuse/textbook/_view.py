@@ -28,6 +28,7 @@ from undiffuse.unet import (
 
 Layer = TypeVar("Layer", bound=nn.Module)
 ViewT = TypeVar("ViewT", bound="View[Any]")
+GroupT = TypeVar("GroupT", bound="Group")
 
 join = ConcatSkip(Join.CONCAT)  # (features, skip) -> both along channels
 
@@ -82,6 +83,21 @@ class View(Linked, Generic[Layer]):
         self.core.train(mode)
         super().train(mode)
         return self
+
+
+class Group(nn.Module):
+    """A part of a text's network that is made of several layers of ours."""
+
+    def hold(self, layers: "Layers") -> None:
+        """Become the view of the next few layers: the whole of a group's construction."""
+        raise NotImplementedError
+
+    @classmethod
+    def over(cls: type[GroupT], layers: "Layers") -> GroupT:
+        """The group of layers that exist, as a whole network needs it."""
+        group = cls.__new__(cls)
+        group.hold(layers)
+        return group
 
 
 class TimeMLP(View[TimestepEmbedding]):

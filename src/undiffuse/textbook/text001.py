@@ -38,6 +38,7 @@ from undiffuse.spec import (
     trace,
 )
 from undiffuse.textbook._view import (
+    Group,
     Layers,
     Network,
     View,
@@ -140,7 +141,7 @@ class AttentionBlock(View[unet.AttentionBlock]):
         return self.core(x)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Group):
     """Middle block at the lowest resolution: ResBlock, attention, ResBlock."""
 
     def __init__(self, channels: int, time_emb_dim: int, dropout: float = 0.0) -> None:
@@ -298,8 +299,7 @@ class UNet(Network):
             )
             for level in range(levels)
         )
-        self.bottleneck = Bottleneck.__new__(Bottleneck)
-        self.bottleneck.hold(layers)
+        self.bottleneck = Bottleneck.over(layers)
         self.decoder = nn.ModuleList(
             DecoderLevel(
                 layers,

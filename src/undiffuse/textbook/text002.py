@@ -31,6 +31,7 @@ from undiffuse.spec import (
     Upsampling,
 )
 from undiffuse.textbook._view import (
+    Group,
     Layers,
     Network,
     TimeMLP,
@@ -95,7 +96,7 @@ class SelfAttention(View[unet.AttentionBlock]):
         return self.core(x)
 
 
-class DownBlock(nn.Module):
+class DownBlock(Group):
     """ResBlock at `in_ch`, then a 4x4 convolution with stride 2 to `out_ch`."""
 
     def __init__(self, in_ch: int, out_ch: int, time_dim: int) -> None:
@@ -118,7 +119,7 @@ class DownBlock(nn.Module):
         return self.down(skip), skip
 
 
-class UpBlock(nn.Module):
+class UpBlock(Group):
     """4x4 transposed convolution with stride 2 to `out_ch`, the skip beside it, ResBlock."""
 
     def __init__(self, in_ch: int, skip_ch: int, out_ch: int, time_dim: int) -> None:
@@ -145,7 +146,7 @@ class UpBlock(nn.Module):
         return self.res(join(self.up(x), skip), t_emb)
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(Group):
     """ResBlock, SelfAttention with four heads, ResBlock."""
 
     def __init__(self, ch: int, time_dim: int) -> None:
@@ -200,9 +201,9 @@ class DiffusionModel(Network):
         count = len(hidden_dims) if pairs is None else pairs
         self.time_mlp = TimeEmbedding.over(self.unet.embedding)
         self.link("init_conv", *linked_stem(self.unet))
-        self.down_blocks = nn.ModuleList(_view(DownBlock, layers) for _ in range(count))
-        self.bottleneck = _view(BottleneckBlock, layers)
-        self.up_blocks = nn.ModuleList(_view(UpBlock, layers) for _ in range(count))
+        self.down_blocks = nn.ModuleList(DownBlock.over(layers) for _ in range(count))
+        self.bottleneck = BottleneckBlock.over(layers)
+        self.up_blocks = nn.ModuleList(UpBlock.over(layers) for _ in range(count))
         self.link("out_norm", self.head, "norm")
         self.link("out_conv", self.head, "conv")
 
