@@ -23,10 +23,14 @@ from torch import Tensor
 
 from undiffuse.denoiser import Denoiser, Epsilon, Prediction, Sample, Velocity
 from undiffuse.guidance import clipped, with_label
-from undiffuse.noise import Cosine, LinearBetas, NoiseLevel, Schedule, clean
+from undiffuse.noise import Cosine, LinearBetas, NoiseLevel, ScaledLinearBetas, Schedule, clean
 from undiffuse.sampling import Step, ddim, ddpm, dpmpp_2m, heun
 
-TABLES: dict[str, Schedule] = {"linear": LinearBetas(), "squaredcos_cap_v2": Cosine()}
+TABLES: dict[str, Schedule] = {
+    "linear": LinearBetas(),
+    "scaled_linear": ScaledLinearBetas(),
+    "squaredcos_cap_v2": Cosine(),
+}
 TYPES: dict[str, Prediction] = {
     "epsilon": Epsilon(),
     "v_prediction": Velocity(),
@@ -56,6 +60,8 @@ def alphas_cumprod(table: str) -> Tensor:
     """DDPM's and improved DDPM's products in float64, by diffusers' formulas."""
     if table == "linear":
         betas = np.linspace(1e-4, 0.02, 1000)
+    elif table == "scaled_linear":
+        betas = np.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2
     else:
 
         def f(t: float) -> float:

@@ -291,8 +291,9 @@ def values_of(one: Any) -> st.SearchStrategy[Any]:
     kind, limits = str(one.type), one.metadata
     if isinstance(one.default, StrEnum):
         return st.sampled_from(list(type(one.default)))
-    if one.name == "prediction_type":
-        return st.none() | st.sampled_from(PredictionType)
+    optional = {"prediction_type": PredictionType, "beta_schedule": BetaSchedule}
+    if one.name in optional:
+        return st.none() | st.sampled_from(optional[one.name])
     if "tuple[int" in kind:
         side = st.integers(4, MAX_RESOLUTION)
         return st.none() | st.tuples(side, side)

@@ -21,7 +21,7 @@ import undiffuse
 from undiffuse import images, recipes, runs
 from undiffuse.checkpoint import Checkpoints, Model, load_model, save_model
 from undiffuse.config import Device, RunConfig, SampleConfig, Weights, flatten, override
-from undiffuse.denoiser import KarrasPrecond, Velocity
+from undiffuse.denoiser import Epsilon, KarrasPrecond, OnGrid, Velocity
 from undiffuse.errors import (
     CheckpointError,
     ConfigError,
@@ -29,7 +29,7 @@ from undiffuse.errors import (
     ResourceError,
     UndiffuseError,
 )
-from undiffuse.noise import Cosine
+from undiffuse.noise import Cosine, LinearBetas, Sigmoid
 from undiffuse.runs import _plan, _real
 from undiffuse.runs._folder import read_metrics, rewind_metrics
 from undiffuse.sampling import SAMPLERS
@@ -684,6 +684,33 @@ def test_init_from_another_prediction_is_said(
     other = make_plan(request(pictures, tmp_path / "run", init_from=finished, **settings))
     words = "init_from predicts KarrasPrecond on Karras, this run Velocity on Cosine"
     assert any(words in note for note in other.notes)
+
+
+def test_init_from_keeps_its_schedule_and_prediction_unless_others_are_named(
+    tmp_path: Path, finished: Path, pictures: Path
+) -> None:
+    model = undiffuse.load(finished)
+    denoiser = undiffuse.Denoiser(model.net, Sigmoid(50), Velocity(50))
+    undiffuse.checkpoint.save_model(tmp_path / "m", replace(model, denoiser=denoiser))
+    plan = make_plan(request(pictures, tmp_path / "run", init_from=tmp_path / "m"))
+    assert (plan.denoiser.schedule, plan.denoiser.prediction) == (Sigmoid(50), Velocity(50))
+    assert plan.recipe.levels == OnGrid(50)
+    named = {"beta_schedule": "linear", "num_train_timesteps": 30}
+    other = make_plan(request(pictures, tmp_path / "run", init_from=tmp_path / "m", **named))
+    assert other.denoiser.schedule == LinearBetas(30)
+    assert other.denoiser.prediction == Epsilon(30)
+
+
+def test_a_resumed_run_keeps_the_meaning_it_took_from_init_from(
+    tmp_path: Path, finished: Path, pictures: Path
+) -> None:
+    model = undiffuse.load(finished)
+    denoiser = undiffuse.Denoiser(model.net, Sigmoid(50), Velocity(50))
+    undiffuse.checkpoint.save_model(tmp_path / "m", replace(model, denoiser=denoiser))
+    events(request(pictures, tmp_path / "run", init_from=tmp_path / "m"))
+    resumed = make_plan(request(pictures, tmp_path / "run", resume="latest"))
+    assert resumed.denoiser.schedule == Sigmoid(50)
+    assert resumed.recipe.levels == OnGrid(50)
 
 
 def test_dropout_is_the_run_s_own_and_not_the_initial_model_s(

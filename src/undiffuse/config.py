@@ -48,7 +48,9 @@ class PredictionType(StrEnum):
 class BetaSchedule(StrEnum):
     KARRAS = "karras"
     LINEAR = "linear"
+    SCALED_LINEAR = "scaled_linear"
     COSINE = "squaredcos_cap_v2"
+    SIGMOID = "sigmoid"
     FLOW = "flow"
 
 
@@ -143,9 +145,11 @@ class ModelConfig(Checked):
     dropout: float = option(0.0, "inside residual blocks", 0.0, below=1.0)
     class_conditional: bool = option(True, "use class labels where the data have them")
     prediction_type: PredictionType | None = option(
-        None, "what the network predicts (default: as usual with the schedule)"
+        None, "what the network predicts (default: as usual with the schedule, or as --init-from)"
     )
-    beta_schedule: BetaSchedule = option(BetaSchedule.KARRAS, "noise schedule")
+    beta_schedule: BetaSchedule | None = option(
+        None, "noise schedule (default: karras, or that of --init-from)"
+    )
     num_train_timesteps: int = option(1000, "length of the beta tables", 2, at_most=1_000_000)
     p_mean: float = option(-1.2, "mean of ln(sigma/alpha) in training (karras)")
     p_std: float = option(1.2, "deviation of ln(sigma/alpha) in training (karras)", above=0.0)

@@ -1,5 +1,7 @@
 """From a run's settings to what the network's output means and which noise it is trained on."""
 
+from dataclasses import replace
+
 from undiffuse import images
 from undiffuse.checkpoint import Loaded, Model
 from undiffuse.config import BetaSchedule, ModelConfig, PredictionType
@@ -18,7 +20,15 @@ from undiffuse.denoiser import (
     unweighted,
 )
 from undiffuse.errors import ConfigError
-from undiffuse.noise import Cosine, Flow, Karras, LinearBetas, Schedule
+from undiffuse.noise import (
+    Cosine,
+    Flow,
+    Karras,
+    LinearBetas,
+    ScaledLinearBetas,
+    Schedule,
+    Sigmoid,
+)
 from undiffuse.spec import UNetSpec
 from undiffuse.training import Recipe
 
@@ -26,20 +36,31 @@ from undiffuse.training import Recipe
 USUAL = {
     BetaSchedule.KARRAS: PredictionType.KARRAS,
     BetaSchedule.LINEAR: PredictionType.EPSILON,
+    BetaSchedule.SCALED_LINEAR: PredictionType.EPSILON,
     BetaSchedule.COSINE: PredictionType.EPSILON,
+    BetaSchedule.SIGMOID: PredictionType.V_PREDICTION,  # denoising-diffusion-pytorch
     BetaSchedule.FLOW: PredictionType.FLOW,
 }
 
 
-def prediction_type(config: ModelConfig) -> PredictionType:
-    """The prediction type, settled.
+def settled(config: ModelConfig, initial: Model | None) -> ModelConfig:
+    """With schedule and prediction type named, unless both are the initial model's own.
 
     Raises:
-        ConfigError: it divides by alpha, which the schedule lets reach 0.
+        ConfigError: the prediction divides by alpha, which the schedule lets reach 0.
     """
-    chosen = config.prediction_type or USUAL[config.beta_schedule]
+    if config.beta_schedule is None and initial is not None:
+        return config
+    schedule = config.beta_schedule or BetaSchedule.KARRAS
+    return replace(
+        config, beta_schedule=schedule, prediction_type=_prediction_type(config, schedule)
+    )
+
+
+def _prediction_type(config: ModelConfig, schedule: BetaSchedule) -> PredictionType:
+    chosen = config.prediction_type or USUAL[schedule]
     divides = chosen in (PredictionType.EPSILON, PredictionType.KARRAS)
-    if config.beta_schedule is BetaSchedule.FLOW and divides:
+    if schedule is BetaSchedule.FLOW and divides:
         raise ConfigError(
             f"prediction_type {chosen.value} does not work with beta_schedule flow, whose alpha"
             " reaches 0; use flow, v_prediction or sample"
@@ -48,12 +69,18 @@ def prediction_type(config: ModelConfig) -> PredictionType:
 
 
 def meaning(
-    config: ModelConfig, data: images.Data, resumed: Loaded | None
+    config: ModelConfig, data: images.Data, resumed: Loaded | None, initial: Model | None
 ) -> tuple[Schedule, Prediction]:
-    """What the output means; a checkpoint's sigma_data stays, even if the pictures changed."""
+    """What the output means; a checkpoint's sigma_data stays, even if the pictures changed.
+
+    `config` is `settled`: what it leaves open is as in the initial model.
+    """
     if resumed is not None:
         return resumed.header.schedule, resumed.header.prediction
-    return _schedule(config), _prediction(config, data)
+    given = None if initial is None else initial.denoiser
+    schedule = _schedule(config) if config.beta_schedule or not given else given.schedule
+    kept = given if config.prediction_type is None else None
+    return schedule, kept.prediction if kept else _prediction(config, data)
 
 
 def meaning_notes(
@@ -72,19 +99,23 @@ def meaning_notes(
 
 def _schedule(config: ModelConfig) -> Schedule:
     match config.beta_schedule:
-        case BetaSchedule.KARRAS:
+        case BetaSchedule.KARRAS | None:
             return Karras()
         case BetaSchedule.LINEAR:
             return LinearBetas(config.num_train_timesteps)
+        case BetaSchedule.SCALED_LINEAR:
+            return ScaledLinearBetas(config.num_train_timesteps)
         case BetaSchedule.COSINE:
             return Cosine(config.num_train_timesteps)
+        case BetaSchedule.SIGMOID:
+            return Sigmoid(config.num_train_timesteps)
         case BetaSchedule.FLOW:
             return Flow()
 
 
 def _prediction(config: ModelConfig, data: images.Data) -> Prediction:
-    match prediction_type(config):
-        case PredictionType.KARRAS:
+    match config.prediction_type:
+        case PredictionType.KARRAS | None:
             return KarrasPrecond(_spread(data.train))
         case PredictionType.EPSILON:
             return Epsilon(config.num_train_timesteps)
@@ -106,15 +137,15 @@ def recipe_of(
     config: ModelConfig, schedule: Schedule, prediction: Prediction, spec: UNetSpec
 ) -> Recipe:
     weighting = MinSnr(prediction, config.snr_gamma) if config.snr_gamma else unweighted
-    return Recipe(schedule, _level_sampling(config), weighting, spec.classes)
+    return Recipe(schedule, _level_sampling(config, schedule), weighting, spec.classes)
 
 
-def _level_sampling(config: ModelConfig) -> LevelSampling:
+def _level_sampling(config: ModelConfig, schedule: Schedule) -> LevelSampling:
     """The paper's own choice for each schedule."""
-    match config.beta_schedule:
-        case BetaSchedule.KARRAS:
+    match schedule:
+        case Karras():
             return LogNormal(config.p_mean, config.p_std)
-        case BetaSchedule.LINEAR | BetaSchedule.COSINE:
-            return OnGrid(config.num_train_timesteps)
-        case BetaSchedule.FLOW:
+        case LinearBetas() | ScaledLinearBetas() | Cosine() | Sigmoid():
+            return OnGrid(schedule.steps)
+        case _:
             return uniform_t

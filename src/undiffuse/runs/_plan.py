@@ -26,7 +26,7 @@ from undiffuse.noise import Stream, keyed, keyed_uniform, order
 from undiffuse.recipes import PRESETS, preset
 from undiffuse.runs._folder import RunFolder, check_writable, read_json
 from undiffuse.runs._load import load
-from undiffuse.runs._meaning import meaning, meaning_notes, prediction_type, recipe_of
+from undiffuse.runs._meaning import meaning, meaning_notes, recipe_of, settled
 from undiffuse.spec import UNetSpec
 from undiffuse.training import Recipe, Source
 from undiffuse.unet import UNet
@@ -52,7 +52,7 @@ FIXED = (
 
 
 # What a run settles by itself where nobody names it; a resumed run keeps it.
-SETTLED = ("preset", "prediction_type", "gradient_accumulation_steps")
+SETTLED = ("preset", "prediction_type", "beta_schedule", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def make_plan(gathered: Gathered) -> Plan:
     net = _build(spec, config.train.seed, gathered.initial)
     runtime.move(net, gathered.device)
     chosen = _choose_runtime(config, net, _example(spec, config, data.train.size), resumed)
-    schedule, prediction = meaning(config.model, data, resumed)
+    schedule, prediction = meaning(config.model, data, resumed, gathered.initial)
     return Plan(
         request=gathered.request,
         config=config,
@@ -333,9 +333,9 @@ def _settle(
     else:
         name = _preset_name(config.model, data.train.size)
         spec = preset(name, data.train.channels, classes)
-    named = replace(config.model, preset=name, prediction_type=prediction_type(config.model))
-    settled = replace(config, model=named)
-    return settled, replace(spec, style=replace(spec.style, dropout=config.model.dropout))
+    model = config.model if resumed is not None else settled(config.model, initial)
+    named = replace(config, model=replace(model, preset=name))
+    return named, replace(spec, style=replace(spec.style, dropout=config.model.dropout))
 
 
 def _preset_name(config: ModelConfig, size: tuple[int, int]) -> str:
@@ -344,7 +344,7 @@ def _preset_name(config: ModelConfig, size: tuple[int, int]) -> str:
 
 def _refuse_early(config: RunConfig, device: torch.device) -> None:
     """What would fail for any pictures of this size, before they are decoded."""
-    prediction_type(config.model)
+    settled(config.model, None)
     size = config.data.resolution
     if size is not None:
         _fit_memory(preset(_preset_name(config.model, size), 1), config, size, device)
