@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_FLAGS := --disable-pip-version-check -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup setup-dev demo test test-fast check format wheel clean
+.PHONY: setup setup-dev demo test test-fast check format wheel studies clean
 
 setup: $(VENV)/.setup
 setup-dev: $(VENV)/.setup-dev
@@ -49,6 +49,10 @@ format: setup-dev
 # Build the wheel and try it in a clean environment.
 wheel: setup-dev
 	scripts/check-wheel $(BIN)/python
+
+# Measure the claims of docs/studies.md again; goes on where it was interrupted.
+studies: setup
+	$(BIN)/python studies/run.py
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

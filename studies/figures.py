@@ -1,8 +1,8 @@
 """The look of every figure: a white ground, few colours, small letters.
 
-    figure, (left, right) = canvas(2)
-    lines(left, ratios, {"U-Net": rows_by_seed, ...})
-    decorate(left, x="noise level σ/α", y="excess, percent", log="xy")
+figure, (left, right) = canvas(2)
+lines(left, ratios, {"U-Net": rows_by_seed, ...})
+decorate(left, x="noise level σ/α", y="excess, percent", log="xy")
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,9 +60,7 @@ def canvas(
     return figure, axes
 
 
-def lines(
-    axes: Axes, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]]
-) -> None:
+def lines(axes: Axes, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
     """One line per name through the means over seeds, with a band from lowest to highest."""
     for place, (name, rows) in enumerate(curves.items()):
         middle, low, high = zip(*columns(rows), strict=True)

@@ -16,7 +16,7 @@ where they fit, so that trainings are shared.
 Inside `trainings` and `measure` use the lab:
 
 - `lab.seeds` for everything random: three seeds, one in the quick setting;
-- `lab.steps(400)` and `lab.count(64)` wherever a number costs time: the quick setting shrinks them;
+- `lab.steps(300)` and `lab.count(64)` wherever a number costs time: the quick setting shrinks them;
 - `lab.trained(training)`: a `Denoiser` with the averaged weights, in evaluation mode;
 - `lab.history(training)`: losses and gradient norms of every step, seconds per step, parameters,
   and whether the training broke down (then `trained` raises);
@@ -182,9 +182,9 @@ class Training:
     spec: UNetSpec
     data: Pictures
     seed: int
-    steps: int = 400
+    steps: int = 300
     batch: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     prediction: Prediction = KarrasPrecond()
     schedule: Schedule = SCHEDULE
     levels: LevelSampling = uniform_t
@@ -281,7 +281,7 @@ QUICK = Scale(seeds=(0,), most_steps=3, most_pictures=4)
 class Lab:
     """Trains, measures, and keeps what is finished in a folder."""
 
-    def __init__(self, cache: Path, scale: Scale = Scale()) -> None:  # noqa: B008 - frozen
+    def __init__(self, cache: Path, scale: Scale = Scale()) -> None:
         self.cache, self.scale = cache, scale
         cache.mkdir(parents=True, exist_ok=True)
 
@@ -491,7 +491,9 @@ def described(value: object) -> Any:
     Raises:
         StudyError: a kind of value that has no such text, such as a tensor or a lambda.
     """
-    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, Enum):
+    if value is None or (
+        isinstance(value, bool | int | float | str) and not isinstance(value, Enum)
+    ):
         return value
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"

@@ -28,7 +28,9 @@ _MARK = {Verdict.HOLDS: "holds", Verdict.FAILS: "**fails**", Verdict.DEPENDS: "*
 
 def write_page(studies: Sequence[Study], results: Path, docs: Path) -> Path:
     """Draw the page and the figures of all studies that have results; returns the page."""
-    found = [(study, _read(results / f"{study.id}.json")) for study in studies if _has(study, results)]
+    found = [
+        (study, _read(results / f"{study.id}.json")) for study in studies if _has(study, results)
+    ]
     figures = docs / "images" / "studies"
     figures.mkdir(parents=True, exist_ok=True)
     for study, kept in found:

@@ -11,7 +11,6 @@ pictures that no training has seen, in [-1, 1] or nearly so, always one channel:
 - `Photos(...)`: grey crops of two photographs.
 """
 
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -135,5 +134,3 @@ def _chosen(data: images.Dataset, count: int, seed: int) -> Tensor:
     places = range(count)
     draws = keyed_uniform(seed, Stream.VALIDATE, places, 3)
     return data.batch(order(seed, len(data), places), draws)
-
-

@@ -156,11 +156,12 @@ def _lines_about(site: Site, spec: UNetSpec, facts: Facts) -> Iterator[str]:
 
 
 def _settings(op: Op) -> Iterator[str]:
+    """Which kind it is, and what is unlike the default; the shapes tell the width."""
     for one in fields(op):
         value = getattr(op, one.name)
-        if value is not None and one.name != "width":  # the shapes say it
-            shown = value.value if isinstance(value, Enum) else value
-            yield f"{one.name}: {shown}"
+        if one.name == "width" or not (isinstance(value, Enum) or value != one.default):
+            continue
+        yield f"{one.name}: {value.value if isinstance(value, Enum) else value}"
 
 
 def _shape(spec: UNetSpec, facts: Facts, width: int, scale: int) -> str:

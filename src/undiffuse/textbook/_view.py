@@ -120,7 +120,7 @@ class TimeMLP(View[TimestepEmbedding]):
 
     def forward(self, t: Shaped[Tensor, "b"]) -> Float[Tensor, "b e"]:
         """t: integers or floats."""
-        return self.mlp(self.core.sinusoid(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.core.sinusoid(t).to(next(self.mlp.parameters()).dtype))
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "TimeMLP":
         """The frequencies belong to the core layer: they move along."""

@@ -80,15 +80,17 @@ class UNet(Network):
     4,530,243 parameters. `textbook` exports it as `SimpleUNet`.
     """
 
+    out: nn.Conv2d
+
     def __init__(self) -> None:
         super().__init__(unet.UNet(recipes.text000()))
         assert self.unet.embedding is not None
         layers = layers_of(self.unet)
         self.time_emb = TimestepEmbedding.over(self.unet.embedding)
         self.enc1 = ResBlock.over(layers.take(unet.ResBlock))
-        self.down = layers.take(unet.Downsample)  # without weights: one serves every level
         self.enc2 = ResBlock.over(layers.take(unet.ResBlock))
         self.enc3 = ResBlock.over(layers.take(unet.ResBlock))
+        self.down = layers.take(unet.Downsample)  # without weights: one serves every level
         self.mid = ResBlock.over(layers.take(unet.ResBlock))
         self.mid_attn = AttentionBlock.over(layers.take(unet.AttentionBlock))
         self.up = layers.take(unet.Upsample)
@@ -99,10 +101,10 @@ class UNet(Network):
 
     def forward(
         self,
-        x: Float[Tensor, "b 3 h w"],
+        x: Float[Tensor, "b c h w"],
         t: Shaped[Tensor, "b"],
         label: Int[Tensor, "b"] | None = None,
-    ) -> Float[Tensor, "b 3 h w"]:
+    ) -> Float[Tensor, "b c h w"]:
         """Predict the noise in x.
 
         Args:
@@ -131,6 +133,8 @@ class FigureUNet(Network):
     One block per drawn row and a stem before the first; 22,786,691 parameters.
     """
 
+    out: nn.Conv2d
+
     def __init__(self) -> None:
         super().__init__(unet.UNet(figure()))
         assert self.unet.embedding is not None
@@ -138,10 +142,10 @@ class FigureUNet(Network):
         self.time_emb = TimestepEmbedding.over(self.unet.embedding)
         self.stem = layers.take(nn.Conv2d)
         self.enc1 = ResBlock.over(layers.take(unet.ResBlock))
-        self.down = layers.take(unet.Downsample)
         self.enc2 = ResBlock.over(layers.take(unet.ResBlock))
         self.enc3 = ResBlock.over(layers.take(unet.ResBlock))
         self.enc4 = ResBlock.over(layers.take(unet.ResBlock))
+        self.down = layers.take(unet.Downsample)
         self.mid = ResBlock.over(layers.take(unet.ResBlock))
         self.mid_attn = AttentionBlock.over(layers.take(unet.AttentionBlock))
         self.up = layers.take(unet.Upsample)
@@ -153,10 +157,10 @@ class FigureUNet(Network):
 
     def forward(
         self,
-        x: Float[Tensor, "b 3 h w"],
+        x: Float[Tensor, "b c h w"],
         t: Shaped[Tensor, "b"],
         label: Int[Tensor, "b"] | None = None,
-    ) -> Float[Tensor, "b 3 h w"]:
+    ) -> Float[Tensor, "b c h w"]:
         """As `UNet.forward`, one level deeper."""
         h = self.stem(self.enter(x, t, label))
         t_emb = self.time_emb(t)

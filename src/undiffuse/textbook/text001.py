@@ -10,7 +10,7 @@ are pixels. Names inside a block, which the text does not give, are those of `un
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, TypeVar
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ from undiffuse.textbook._view import (
     linked_stem,
     piece,
 )
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _STYLE = recipes.text001().style
 _DOWN, _UP = Down(Downsampling.CONV_END), Up()
@@ -232,6 +234,10 @@ class UNet(Network):
     It starts by predicting zero noise exactly, whatever it is shown.
     """
 
+    init_conv: nn.Conv2d
+    out_norm: nn.GroupNorm
+    out_conv: nn.Conv2d
+
     def __init__(
         self,
         image_size: int,
@@ -252,7 +258,8 @@ class UNet(Network):
         Args:
             image_size: pixels; gives `attention_resolutions` their meaning. Pictures of other
                 sizes run as well.
-            base_channels: width of the first level.
+            base_channels: width of the first level. Blocks of up to 32 channels cannot hear a
+                time that is added: their norms have one channel per group, and take it away.
             channel_mults: width of each level as a multiple of `base_channels`.
             num_res_blocks: blocks per level of the encoder.
             attention_resolutions: sides in pixels of the levels with attention after every block;
@@ -415,6 +422,15 @@ def _deeper(spec: UNetSpec) -> UNetSpec:
 
 # --- counting -----------------------------------------------------------------------------------
 
+_COMPONENTS: tuple[str, ...] = (
+    "time_embed",
+    "init_conv",
+    "encoder",
+    "bottleneck",
+    "decoder",
+    "output",
+)
+
 
 def count_parameters_by_component(
     model: Network | unet.UNet, tell: Callable[[str], None] = print
@@ -432,9 +448,7 @@ def count_parameters_by_component(
         time_embed, init_conv, encoder, bottleneck, decoder, output; the sum is the model's size.
     """
     bare = model.unet if isinstance(model, Network) else model
-    components = dict.fromkeys(
-        ("time_embed", "init_conv", "encoder", "bottleneck", "decoder", "output"), 0
-    )
+    components: dict[str, int] = dict.fromkeys(_COMPONENTS, 0)
     components["time_embed"] = _size(bare.embedding) if bare.embedding is not None else 0
     for site in trace(bare.spec):
         components[_component(site)] += _size(bare.layers[site.name])
@@ -463,7 +477,7 @@ def _component(site: Site) -> str:
 # --- initialisation -----------------------------------------------------------------------------
 
 
-def initialize_weights(model: nn.Module) -> nn.Module:
+def initialize_weights(model: Model) -> Model:
     """Initialise as text 001 does, except that a layer that is all zero stays zero.
 
     Convolutions: Kaiming normal over the values going out, biases 0. Linear layers: Xavier uniform,

@@ -20,7 +20,6 @@ from undiffuse.spec import (
     Activation,
     Attn,
     Concat,
-    Conv,
     Down,
     Downsampling,
     Program,
@@ -174,6 +173,10 @@ class DiffusionModel(Network):
     `out_conv`. It starts by predicting zero noise exactly.
     """
 
+    init_conv: nn.Conv2d
+    out_norm: nn.GroupNorm
+    out_conv: nn.Conv2d
+
     def __init__(
         self,
         image_size: int,
@@ -186,7 +189,9 @@ class DiffusionModel(Network):
         Args:
             image_size: height and width in pixels; only checked, any size runs.
             channels: of the pictures, 1 for grey and 3 for RGB.
-            hidden_dims: width of each level, multiples of 8; one down/up pair per entry.
+            hidden_dims: width of each level, multiples of 8; one down/up pair per entry. Blocks
+                of width 8 cannot hear the time: their norms have one channel per group, and
+                take away what was added to it.
             time_dim: width of the time embedding.
             pairs: down/up pairs, at most one per entry; one fewer gives the page's drawing.
 

@@ -94,6 +94,10 @@ class DiffusionUNet(Network):
     at full resolution.
     """
 
+    init_conv: nn.Conv2d
+    out_norm: nn.GroupNorm
+    out_conv: nn.Conv2d
+
     def __init__(
         self,
         in_channels: int = 3,
