@@ -7,10 +7,11 @@ decorate(left, x="noise level σ/α", y="excess, percent", log="xy")
 
 from collections.abc import Mapping, Sequence
 
-from harness import columns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from harness import columns
 
 INK, MUTED, FAINT = "#20262e", "#68727f", "#e3e7ec"
 COLOURS = (
@@ -88,7 +89,7 @@ def decorate(
 
 def bars(axes: Axes, values: Mapping[str, Sequence[float]], form: str = "{:.3g}") -> None:
     """Horizontal bars, the mean over seeds written beside each, a thin line from low to high."""
-    for place, (name, seeds) in enumerate(values.items()):
+    for place, seeds in enumerate(values.values()):
         middle, low, high = columns([[v] for v in seeds])[0]
         axes.barh(place, middle, color=COLOURS[0], height=0.62)
         axes.plot((low, high), (place, place), color=INK, lw=1)

@@ -22,18 +22,19 @@ Inside `trainings` and `measure` use the lab:
   and whether the training broke down (then `trained` raises);
 - `lab.errors(training)`: held-out error by noise level, and on fields the excess over the best
   possible denoiser;
-- `lab.kept(function, *arguments)`: calls `function(lab, *arguments)` once and keeps what it returns.
-  Everything that takes more than a second belongs in such a piece: an interrupted run then goes on
-  where it was. The key is the function's own text and its arguments (plain values, dataclasses,
-  enums, functions), so a changed function is computed again. It must return JSON.
+- `lab.kept(function, *arguments)`: calls `function(lab, *arguments)` once and keeps what it
+  returns. Everything that takes more than a second belongs in such a piece: an interrupted run then
+  goes on where it was. The key is the function's own text and its arguments (plain values,
+  dataclasses, enums, named functions), so a changed function is computed again. It must return
+  JSON.
 
 Errors by noise level are measured at `LEVELS`, values of sigma / alpha, on the same pictures and
 the same noise for every denoiser: `error_by_level` (any denoiser or oracle), `excess_by_level` (on
 fields: mean squared distance to the exact optimum, in percent of the optimum's own error; far less
 noisy than a difference of two errors) and `optimum_by_level`.
 
-Step counts are fixed and not timed, so that numbers come out the same anywhere. Seconds are measured
-and stand beside the description of the machine.
+Step counts are fixed and not timed, so that numbers come out the same anywhere. Seconds are
+measured and stand beside the description of the machine.
 """
 
 import hashlib
@@ -52,9 +53,9 @@ from typing import Any, Protocol
 
 import torch
 from matplotlib.figure import Figure
-from pictures import Fields, Pictures
 from torch import Tensor, nn
 
+from pictures import Fields, Pictures
 from undiffuse import checkpoint, cost
 from undiffuse.config import TrainConfig
 from undiffuse.denoiser import Denoiser, KarrasPrecond, LevelSampling, Prediction, uniform_t
@@ -511,13 +512,14 @@ def described(value: object) -> Any:
 
 def key_of(kind: str, value: object) -> str:
     """A short hash of what determines a result."""
-    told = dump({"cache": CACHE, "torch": torch.__version__, "kind": kind, "of": described(value)})
-    return hashlib.sha256(told.encode()).hexdigest()[:20]
+    told = {"cache": CACHE, "torch": torch.__version__, "kind": kind, "of": described(value)}
+    text = json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def dump(value: object) -> str:
-    """JSON, the same for equal values."""
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    """JSON in the order given."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from harness import Training
 from pictures import Fields
-
 from undiffuse.recipes import attention_at, hourglass
 from undiffuse.spec import (
     Act,
@@ -37,7 +36,7 @@ STEPS = 300
 # `harness.nearest`, which finds networks of equal parameters.
 SHAPES = tuple(
     (first, second, third)
-    for first in range(10, 42, 2)
+    for first in range(10, 18, 2)
     for second in range(2 * first - 6, 2 * first + 7, 2)
     for third in range(second - 4, second + 9, 2)
 )

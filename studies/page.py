@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness import Claim, Judgement, Numbers, Study, Table, Verdict
-
 from undiffuse import drawing
 
 HEAD = """# Studies: the claims of the four texts, measured

@@ -7,6 +7,7 @@ interrupted run goes on where it was.
 import argparse
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the workers
 
 import torch
+
 from harness import QUICK, Lab, Scale, Study, Training, dump, machine, write_atomically
 from page import write_page
 
@@ -28,15 +30,23 @@ WORKERS = 2
 
 def all_studies() -> list[Study]:
     """Every module `sNN_*.py` beside this one."""
-    names = sorted(file.stem for file in HERE.glob("s[0-9][0-9]_*.py"))
-    return [importlib.import_module(name).STUDY for name in names]
+    return [study(name) for name in _names()]
+
+
+def study(name: str) -> Study:
+    """The study of one module."""
+    return importlib.import_module(name).STUDY
+
+
+def _names() -> list[str]:
+    return sorted(file.stem for file in HERE.glob("s[0-9][0-9]_*.py"))
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
-    studies = all_studies()
-    chosen = [s for s in studies if not options.study or s.id in options.study]
-    unknown = set(options.study) - {s.id for s in studies}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers are sent home either way
+    chosen = [study(n) for n in _names() if not options.study or n[:3] in options.study]
+    unknown = set(options.study) - {s.id for s in chosen}
     if unknown:
         print(f"there is no study {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
@@ -44,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     results, docs, cache = _folders(base)
     scale = QUICK if options.quick else Scale()
     failed = [] if options.page else measure_all(chosen, cache, results, scale, options.workers)
-    print(f"wrote {write_page(studies, results, docs)}")
+    print(f"wrote {write_page(all_studies(), results, docs)}")
     return 1 if failed else 0
 
 
@@ -74,7 +84,7 @@ def measure_all(
     """Train, then measure; returns the ids of studies and names of trainings that failed."""
     results.mkdir(parents=True, exist_ok=True)
     lab = Lab(cache, scale)
-    trainings = {t.key: t for study in studies for t in study.trainings(lab)}
+    trainings = {t.key: t for one in studies for t in one.trainings(lab)}
     missing = [t for t in trainings.values() if not (cache / f"{t.key}.json").exists()]
     print(f"{len(trainings)} trainings, {len(missing)} to do; {len(studies)} studies", flush=True)
     jobs = [(t.name, train_one, (cache, scale, t)) for t in missing]
@@ -124,8 +134,9 @@ def train_one(cache: Path, scale: Scale, training: Training) -> None:
 
 def measure_one(cache: Path, results: Path, scale: Scale, id_: str) -> None:
     """One study's numbers, in a worker."""
-    (study,) = (s for s in all_studies() if s.id == id_)
-    kept = {"study": id_, "machine": machine(), "numbers": study.measure(Lab(cache, scale))}
+    (name,) = (n for n in _names() if n[:3] == id_)
+    numbers = study(name).measure(Lab(cache, scale))
+    kept = {"study": id_, "machine": machine(), "numbers": numbers}
     write_atomically(results / f"{id_}.json", dump(kept))
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from figures import COLOURS, canvas, decorate
-from harness import Claim, Judgement, Lab, Numbers, Study, Table, Training, Verdict
 from matplotlib.figure import Figure
 
+from figures import COLOURS, canvas, decorate
+from harness import Claim, Judgement, Lab, Numbers, Study, Table, Training, Verdict
 from undiffuse import cost, recipes
 from undiffuse.spec import Attn, UNetSpec, trace
 
@@ -183,7 +183,8 @@ STUDY = Study(
         ),
         Claim(
             ("T001-13",),
-            "The four named configurations have about 8, 35, 113 and 100 million parameters, and the"
+            "The four named configurations have about 8, 35, 113 and 100 million parameters, and"
+            " the"
             " configuration under test about 35 million.",
             f"holds if all five are within {NEAR:.0%}, fails if none of the four is, else depends",
             judge_presets,

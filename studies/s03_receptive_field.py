@@ -4,13 +4,13 @@ from itertools import chain
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+
 from figures import NOISE_AXIS, canvas, decorate, lines
 from harness import LEVELS, Claim, Judgement, Lab, Numbers, Study, Table, Training, Verdict, noised
-from matplotlib.figure import Figure
 from nets import FIELDS, STEPS, reference
 from receptive import effective_side, gradient_mass, measured_side, seen_by, sides
 from s04_naive_against_unet import PLAIN_FAST, specs, training
-
 from undiffuse import recipes
 from undiffuse.noise import NoiseLevel
 from undiffuse.oracles import Gaussian
@@ -111,7 +111,8 @@ def judge_naive(numbers: Numbers) -> Judgement:
     return Judgement(
         verdict,
         f"Counted {reach['counted'][0]} pixels, measured {reach['measured'][0]}. On 32-pixel fields"
-        f" the best possible denoiser has 90 % of its weight within {min(numbers['optimum'])} pixels"
+        f" the best possible denoiser has 90 % of its weight within {min(numbers['optimum'])}"
+        f" pixels"
         f" at the lowest noise level and within {needed} at the widest.",
     )
 
@@ -209,28 +210,32 @@ STUDY = Study(
         ),
         Claim(
             ("T003-12",),
-            "In features of a sixteenth of the size, every position stands for a patch of 16x16 pixels.",
+            "In features of a sixteenth of the size, every position stands for a patch of 16x16"
+            " pixels.",
             "holds if the reach of such a position in text 003's network is 16 pixels",
             judge_patch,
         ),
         Claim(
             ("T003-3",),
             "How much context a denoiser uses depends on the noise level.",
-            "holds if in every seed the trained U-Net's widest effective field is at least 1.5 times"
+            "holds if in every seed the trained U-Net's widest effective field is at least 1.5"
+            " times"
             " its narrowest",
             judge_scales,
         ),
     ),
-    how="""The reach is counted by walking each program backwards, and measured as the support of the
-    gradient of one output pixel, in a copy of the network two channels wide with positive weights,
-    norms and attention left out (both reach every pixel). A range means that it depends on where the
-    pixel lies within the stride. Used reach: the smallest square around the central pixel that holds
-    90 % of the absolute gradient, in the reference network and a plain CNN trained on fields, beside
-    the exact best denoiser, whose gradient is a row of the Wiener filter.""",
+    how="""The reach is counted by walking each program backwards, and measured as the support of
+    the gradient of one output pixel, in a copy of the network two channels wide with positive
+    weights, norms and attention left out (both reach every pixel). A range means that it
+    depends on where the pixel lies within the stride. Used reach: the smallest square around
+    the central pixel that holds 90 % of the absolute gradient, in the reference network and a
+    plain CNN trained on fields, beside the exact best denoiser, whose gradient is a row of the
+    Wiener filter.""",
     trainings=trainings,
     measure=measure,
     tables=tables,
     figure=figure,
-    caption="""Left: receptive fields, smallest to largest. Right: the part of its field that a trained
-    network uses, by noise level; the plain CNN cannot follow the optimum beyond 11 pixels.""",
+    caption="""Left: receptive fields, smallest to largest. Right: the part of its field that a
+    trained network uses, by noise level; the plain CNN cannot follow the optimum beyond 11
+    pixels.""",
 )

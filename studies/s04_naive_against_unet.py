@@ -1,7 +1,9 @@
 """S4: a plain CNN, and a U-Net with one thing taken away, against the exact optimum."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+
+from matplotlib.figure import Figure
 
 from figures import NOISE_AXIS, canvas, decorate, lines
 from harness import (
@@ -19,7 +21,6 @@ from harness import (
     spread,
     time_blind,
 )
-from matplotlib.figure import Figure
 from nets import (
     FIELDS,
     REFERENCE,
@@ -32,7 +33,6 @@ from nets import (
     without_attention,
     without_skips,
 )
-
 from undiffuse import cost
 from undiffuse.spec import UNetSpec
 
@@ -48,10 +48,11 @@ def multiply_adds(spec: UNetSpec) -> int:
     return cost.total_multiply_adds(spec, FIELDS.height, FIELDS.width)
 
 
+@cache
 def specs() -> dict[str, UNetSpec]:
     """Networks of equal parameters, but for the one of equal multiply-adds."""
     wanted = cost.total_parameters(REFERENCE)
-    plain = [plain_cnn(total) for total in range(100, 400)]
+    plain = [plain_cnn(total) for total in range(120, 320)]
     return {
         UNET: REFERENCE,
         PLAIN: nearest(plain, wanted),
@@ -183,7 +184,8 @@ STUDY = Study(
     claims=(
         Claim(
             ("T003-7",),
-            "A plain stack of convolutions that sees 11 pixels and is not told the noise level is not"
+            "A plain stack of convolutions that sees 11 pixels and is not told the noise level is"
+            " not"
             " enough.",
             RULE + "; judged at equal parameters and at equal multiply-adds",
             judge_plain,
@@ -214,11 +216,11 @@ STUDY = Study(
             partial(judge, name=NO_ATTENTION, than=UNET),
         ),
     ),
-    how=f"""Trained on fields, {STEPS} steps of 16 pictures, three seeds, noise levels uniform in ln σ;
-    all else equal. Parameters agree within 1 % by choice of width; 'without attention' and 'time
-    hidden' keep the widths. With time hidden the network always hears timestep 0. The excess is the
-    mean squared distance to the exact best denoiser on held-out fields, in percent of the best one's
-    own error.""",
+    how=f"""Trained on fields, {STEPS} steps of 16 pictures, three seeds, noise levels uniform in
+    ln σ; all else equal. Parameters agree within 1 % by choice of width; 'without attention'
+    and 'time hidden' keep the widths. With time hidden the network always hears timestep 0. The
+    excess is the mean squared distance to the exact best denoiser on held-out fields, in
+    percent of the best one's own error.""",
     trainings=trainings,
     measure=measure,
     tables=tables,

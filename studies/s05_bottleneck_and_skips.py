@@ -3,8 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
 from figures import NOISE_AXIS, canvas, decorate, lines
 from harness import (
     LEVELS,
@@ -20,10 +24,7 @@ from harness import (
     mean,
     spread,
 )
-from matplotlib.figure import Figure
 from nets import FIELDS, STEPS, reference
-from torch import Tensor
-
 from undiffuse.spec import Part, Skip, UNetSpec, trace
 from undiffuse.unet import UNet
 
@@ -38,7 +39,7 @@ def zero(features: Tensor) -> Tensor:
 
 
 def average(features: Tensor) -> Tensor:
-    """The mean over pictures and positions: what is common to all, and tells nothing of this one."""
+    """The mean over pictures and positions, which tells nothing of this picture."""
     return features.mean((0, 2, 3), keepdim=True).expand_as(features)
 
 
@@ -59,7 +60,8 @@ def places(spec: UNetSpec, size: int) -> dict[str, tuple[str, ...]]:
 def silenced(net: UNet, names: Sequence[str], by: Replace) -> Iterator[None]:
     """Inside, the outputs of the named layers are replaced."""
     hooks = [
-        net.layers[name].register_forward_hook(lambda layer, x, output: by(output)) for name in names
+        net.layers[name].register_forward_hook(lambda layer, x, output: by(output))
+        for name in names
     ]
     try:
         yield
@@ -68,7 +70,9 @@ def silenced(net: UNet, names: Sequence[str], by: Replace) -> Iterator[None]:
             hook.remove()
 
 
-def added(lab: Lab, training: Training, names: tuple[str, ...], by: Replace, count: int) -> list[float]:
+def added(
+    lab: Lab, training: Training, names: tuple[str, ...], by: Replace, count: int
+) -> list[float]:
     """Error by level with the layers silenced, less the error with them; percent of the optimum."""
     denoiser = lab.trained(training)
     assert isinstance(denoiser.net, UNet)
@@ -120,11 +124,12 @@ def judge_onset(numbers: Numbers) -> Judgement:
     """Every scale has its own range of noise levels."""
     centres = {name: _centre(numbers, name) for name in _scales(numbers)}
     order = list(centres.values())
-    rising = all(a < b for a, b in zip(order, order[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(order))
     told = "; ".join(f"{name} {centre:.2g}" for name, centre in centres.items())
     return Judgement(
         Verdict.HOLDS if rising else Verdict.FAILS,
-        f"Noise level around which each matters (mean of ln σ/α weighted with the added error): {told}.",
+        f"Noise level around which each matters (mean of ln σ/α weighted with the added error):"
+        f" {told}.",
     )
 
 
@@ -137,7 +142,9 @@ def _scales(numbers: Numbers) -> list[str]:
 def _centre(numbers: Numbers, name: str) -> float:
     weights = [max(0.0, mean(c)) for c in zip(*numbers["average"][name], strict=True)]
     logs = [math.log(ratio) for ratio in numbers["ratio"]]
-    return math.exp(sum(w * x for w, x in zip(weights, logs, strict=True)) / max(sum(weights), 1e-9))
+    return math.exp(
+        sum(w * x for w, x in zip(weights, logs, strict=True)) / max(sum(weights), 1e-9)
+    )
 
 
 def _begins(numbers: Numbers, how: str, name: str) -> str:
@@ -184,7 +191,8 @@ STUDY = Study(
             ("T003-13",),
             "At high noise the network leans on its bottleneck, at low noise on its skips.",
             "in each seed: at the lowest level silencing the finest skips costs more than silencing"
-            " the bottleneck, at the highest level less; all true: holds, none: fails, else depends",
+            " the bottleneck, at the highest level less; all true: holds, none: fails, else"
+            " depends",
             judge,
         ),
         Claim(
@@ -195,13 +203,15 @@ STUDY = Study(
             judge_onset,
         ),
     ),
-    how="""The reference network, trained on fields. While it denoises held-out fields, the output of
-    the bottleneck, or all skips of one resolution, is replaced by its mean over pictures and positions
-    (so that nothing of this picture is left, but the sizes that later layers expect are), or by zero.
-    The network was not trained for that: the numbers say what it uses, not what it would need.""",
+    how="""The reference network, trained on fields. While it denoises held-out fields, the output
+    of the bottleneck, or all skips of one resolution, is replaced by its mean over pictures and
+    positions (so that nothing of this picture is left, but the sizes that later layers expect
+    are), or by zero. The network was not trained for that: the numbers say what it uses, not
+    what it would need.""",
     trainings=trainings,
     measure=measure,
     tables=tables,
     figure=figure,
-    caption="Error added by silencing one part of a trained U-Net, by noise level (0.1 stands for less).",
+    caption="Error added by silencing one part of a trained U-Net, by noise level"
+    " (0.1 stands for less).",
 )

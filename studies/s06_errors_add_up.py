@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
 from figures import canvas, decorate, lines
 from harness import (
     HELD_OUT,
@@ -19,11 +22,8 @@ from harness import (
     mean,
     spread,
 )
-from matplotlib.figure import Figure
 from nets import FIELDS, STEPS, reference
 from pictures import STD
-from torch import Tensor
-
 from undiffuse import noise
 from undiffuse.noise import NoiseLevel, Stream, keyed_normal
 from undiffuse.oracles import gaussian_flow
@@ -52,7 +52,9 @@ def trainings(lab: Lab) -> list[Training]:
 
 def start_noise(count: int, seed: int) -> Tensor:
     """The same beginnings for every sampler and denoiser."""
-    return keyed_normal(seed, Stream.SAMPLE, range(count), (1, FIELDS.height, FIELDS.width)).double()
+    return keyed_normal(
+        seed, Stream.SAMPLE, range(count), (1, FIELDS.height, FIELDS.width)
+    ).double()
 
 
 def sampled(denoise: Denoise, steps: int, begin: Tensor) -> Tensor:
@@ -170,7 +172,8 @@ def judge_growth(numbers: Numbers) -> Judgement:
         f"From {few} to {most} steps the final deviation changes by a factor of {spread(same)} if"
         f" the error is the same at every step and of {spread(fresh)} if it is fresh at every step."
         f" With a hardly trained network it changes by {spread(network)} from"
-        f" {numbers['network_steps'][0]} to {numbers['network_steps'][-1]} steps: an error is paid per"
+        f" {numbers['network_steps'][0]} to {numbers['network_steps'][-1]} steps: an error is paid"
+        f" per"
         " way through the noise levels, not per step.",
     )
 
@@ -199,11 +202,14 @@ def judge_systematic(numbers: Numbers) -> Judgement:
     single = [max(row["final"]) for row in numbers["single"][most]]
     every = [rows[-1]["same"] for rows in numbers["repeated"]]
     times = [e / s for e, s in zip(every, single, strict=True)]
-    verdict = Verdict.HOLDS if min(times) >= 2 else Verdict.DEPENDS if mean(times) > 1 else Verdict.FAILS
+    verdict = (
+        Verdict.HOLDS if min(times) >= 2 else Verdict.DEPENDS if mean(times) > 1 else Verdict.FAILS
+    )
     return Judgement(
         verdict,
         f"A {SIZE:.0%} error of the noise at all {most} steps moves the final picture by"
-        f" {spread(every)} standard deviations, {spread(times)} times as much as at the worst single"
+        f" {spread(every)} standard deviations, {spread(times)} times as much as at the worst"
+        f" single"
         " step.",
     )
 
@@ -212,7 +218,13 @@ def tables(numbers: Numbers) -> list[Table]:
     """Deviation by number of steps."""
     kinds = {"same": "same error at every step", "fresh": "fresh error at every step"}
     rows = [
-        (text, *(spread([r[i][kind] for r in numbers["repeated"]]) for i in range(len(numbers["steps"]))))
+        (
+            text,
+            *(
+                spread([r[i][kind] for r in numbers["repeated"]])
+                for i in range(len(numbers["steps"]))
+            ),
+        )
         for kind, text in {**kinds, "solver": "no error: the sampler's own"}.items()
     ]
     missing = len(numbers["steps"]) - len(numbers["network_steps"])
@@ -229,11 +241,19 @@ def figure(numbers: Numbers) -> Figure:
     for n, rows in numbers["single"].items():
         means = [mean(c) for c in zip(*(r["final"] for r in rows), strict=True)]
         left.plot(rows[0]["ratio"], means, marker="o", ms=3, lw=1.3, label=f"{n} steps")
-    decorate(left, "σ/α at which one error enters", "deviation of the final picture", "one error", "xy")
+    decorate(
+        left, "σ/α at which one error enters", "deviation of the final picture", "one error", "xy"
+    )
     kinds = {"same": "same error", "fresh": "fresh error", "solver": "no error (sampler)"}
     curves = {t: [[r[k] for r in rows] for rows in numbers["repeated"]] for k, t in kinds.items()}
     lines(middle, numbers["steps"], curves)
-    decorate(middle, "steps of the sampler", "deviation of the final picture", "an error at every step", "xy")
+    decorate(
+        middle,
+        "steps of the sampler",
+        "deviation of the final picture",
+        "an error at every step",
+        "xy",
+    )
     nets = {"trained": numbers["trained"], "hardly trained": numbers["early"]}
     lines(right, numbers["network_steps"], nets)
     decorate(right, "steps of the sampler", "deviation of the final picture", "networks", "xy")
@@ -246,7 +266,8 @@ STUDY = Study(
     claims=(
         Claim(
             ("T003-5",),
-            "Sampling calls the network hundreds of times, and every call adds its error: more steps,"
+            "Sampling calls the network hundreds of times, and every call adds its error: more"
+            " steps,"
             " more error.",
             "with growth from fewest to most steps in three cases (same error, fresh error, hardly"
             " trained network): all at least doubled: holds; all at most 1.25: fails; else depends",
@@ -255,7 +276,8 @@ STUDY = Study(
         Claim(
             ("T003-5",),
             "An error compounds: it grows on its way to the final picture.",
-            "holds if every single error ends more than 1 % larger than it was right after its step,"
+            "holds if every single error ends more than 1 % larger than it was right after its"
+            " step,"
             " fails if none does, else depends",
             judge_compounding,
         ),
@@ -267,12 +289,12 @@ STUDY = Study(
             judge_systematic,
         ),
     ),
-    how=f"""Fields of 32x32 pixels; DDIM on the Karras grid from σ = 40. The exact denoiser makes no
-    error, so without injection the deviation is exactly 0. An error is a fixed random picture added to
-    the predicted noise, {SIZE:.0%} of its size, at one step, at every step, or a fresh one at every
-    step. Networks: the reference after {STEPS} and after {EARLY} training steps, against the exact
-    denoiser from the same noise. Deviations are root mean squares in standard deviations of the
-    pictures.""",
+    how=f"""Fields of 32x32 pixels; DDIM on the Karras grid from σ = 40. The exact denoiser makes
+    no error, so without injection the deviation is 0 but for rounding. An error is a fixed random
+    picture added to the predicted noise, {SIZE:.0%} of its size, at one step, at every step, or
+    a fresh one at every step. Networks: the reference after {STEPS} and after {EARLY} training
+    steps, against the exact denoiser from the same noise. Deviations are root mean squares in
+    standard deviations of the pictures.""",
     trainings=trainings,
     measure=measure,
     tables=tables,

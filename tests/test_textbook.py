@@ -9,6 +9,7 @@ that it checks. Oracles are the texts' own printed code and formulas, written ou
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_both_sides_have_the_very_same_parameters(name: str) -> None:
     assert type(net.unet) is UNet
     assert {id(p) for p in net.parameters()} == {id(p) for p in net.unet.parameters()}
     assert size(net) == cost.total_parameters(net.spec)
-    assert not [key for key in net.state_dict() if key.startswith("layers.0") and "_" in key]
+    assert not [key for key in net.state_dict() if re.search(r"layers\.\d\d_", key)]
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -250,6 +251,7 @@ def test_dropout_follows_the_mode_of_a_block_alone() -> None:
     x, emb = noise(1, 8, 4, 4), noise(1, 16)
     block.eval()
     assert torch.equal(block(x, emb), block(x, emb))
+    assert {module.training for module in block.core.modules()} == {False}
     block.train()
     assert not torch.equal(block(x, emb), block(x, emb))
 
@@ -462,8 +464,7 @@ def test_the_timestep_embedding_of_text_000(dim: int, t: Tensor) -> None:
     ours.mlp.register_forward_pre_hook(lambda _, given: sinusoids.append(given[0]))
     out = ours(t)
     # The text's float32 angle of 999 rad has a spacing of 6e-5.
-    near = torch.allclose(sinusoids[0], F.pad(sines, (0, dim % 2)), rtol=0, atol=1e-4)
-    assert near
+    assert torch.allclose(sinusoids[0], F.pad(sines, (0, dim % 2)), rtol=0, atol=1e-4)
     assert torch.allclose(sinusoids[0][:2], F.pad(sines, (0, dim % 2))[:2], rtol=0, atol=1e-6)
     assert close(out, wanted, 1e-3)
     assert arguments(text000.TimestepEmbedding) == ["dim"]
@@ -555,7 +556,6 @@ def test_the_five_rules_of_text_000(spec: UNetSpec) -> None:
     sites = list(trace(spec))
     attention = [s for s in sites if isinstance(s.op, Attn)]
     assert (spec.style.norm, spec.style.groups) == (Norm.GROUP, 8)
-    assert {type(norm) for norm in on_meta(lambda: UNet(spec)).modules() if "Norm" in str(norm)}
     assert spec.style.activation is Activation.SILU
     assert spec.style.order is Order.CONV_ACT_NORM
     assert [s.in_scale for s in attention] == [spec.stride]
@@ -1032,13 +1032,15 @@ def test_layers_that_the_printed_initialiser_misses() -> None:
     before = table.weight.detach().clone()
     seeded(lambda: text001.initialize_weights(model))
     gain = math.sqrt(2)
-    assert math.isclose(float(transposed.weight.std()), gain / math.sqrt(16 * 16), rel_tol=0.05)
-    assert math.isclose(float(line.weight.std()), gain / math.sqrt(64 * 3), rel_tol=0.05)
+    assert math.isclose(
+        float(transposed.weight.detach().std()), gain / math.sqrt(16 * 16), rel_tol=0.05
+    )
+    assert math.isclose(float(line.weight.detach().std()), gain / math.sqrt(64 * 3), rel_tol=0.05)
     assert not transposed.bias.any()
     assert not line.bias.any()
     assert torch.equal(table.weight, before)
     assert torch.equal(model[4].running_var, torch.ones(4))
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'fill_'"):
         printed_initializer(nn.Sequential(nn.GroupNorm(2, 4, affine=False)))
 
 
@@ -1414,7 +1416,7 @@ def test_the_diagram_of_text_002() -> None:
     three = on_meta(lambda: text002.DiffusionModel(64, 3)).spec
     two = on_meta(lambda: text002.DiffusionModel(64, 3, pairs=2)).spec
     drawn = [(32, 64), (64, 32), (128, 16), (64, 32), (32, 64)]
-    assert rows(two, 64, Conv, Down, Up) == drawn[:3] + drawn[3:]
+    assert rows(two, 64, Conv, Down, Up) == drawn
     middle = [(128, 16), (128, 8), (128, 16)]
     assert rows(three, 64, Conv, Down, Up) == [(32, 64), (64, 32), *middle, (64, 32), (32, 64)]
     skips = [(s.in_width, 64 // s.in_scale) for s in trace(three) if isinstance(s.op, Skip)]

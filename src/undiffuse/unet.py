@@ -79,7 +79,7 @@ class UNet(nn.Module):
         Raises:
             ConfigError: shapes, dtypes or labels do not fit this network.
         """
-        _check_inputs(self.spec, x, timestep, label)
+        check_inputs(self.spec, x, timestep, label)
         height, width = x.shape[-2:]
         h = pad_to_multiple(x, self.stride)
         emb = self.embedding(timestep, label, h.dtype) if self.embedding is not None else None
@@ -499,7 +499,8 @@ def zero_(layer: nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _check_inputs(spec: UNetSpec, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
+def check_inputs(spec: UNetSpec, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
+    """Raises ConfigError naming the first argument that does not fit the network."""
     for name, value in (("x", x), ("timestep", timestep), ("label", label)):
         _check_tensor(name, value, optional=name == "label")
     if x.ndim != 4 or x.shape[1] != spec.in_channels or not x.is_floating_point():

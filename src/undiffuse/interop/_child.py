@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -67,26 +67,37 @@ def convert(source: Path, out: Path, memory: int) -> dict[str, object]:
 
 
 def load(source: Path) -> object:
-    """What is in the file; storages stay on disk until they are copied."""
+    """What is in the file; where possible its tensors stay on disk until they are copied."""
     with source.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:
-        _check_archive(source)
-    return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
+    mapped = zipped and _check_archive(source)
+    return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _check_archive(source: Path) -> None:
-    """Say what a zip archive is, if it is none of torch's."""
+def _check_archive(source: Path) -> bool:
+    """Say what a zip archive is if none of torch's, and whether it can be mapped to memory."""
     try:
         with ZipFile(source) as archive:
-            names = archive.namelist()
+            entries = archive.infolist()
+            _check_names({entry.filename for entry in entries})
+            damaged = archive.testzip()  # torch does not look at the checksums
     except BadZipFile:
         raise Refused("is an incomplete or damaged zip archive; fetch it again") from None
+    if damaged is not None:
+        raise Refused(
+            f"is damaged: {damaged} in it does not have its checksum; fetch it again"
+            " (or save it again, if set_crc32_options(False) was on)"
+        )
+    # torch would take the bytes of a compressed entry for numbers.
+    return all(entry.compress_type == ZIP_STORED for entry in entries)
+
+
+def _check_names(names: set[str]) -> None:
     files = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in files:
-        raise Refused("is a TorchScript archive, which holds a program; save the state_dict")
+        raise Refused("is a TorchScript archive, which holds a program; save its state_dict()")
     if "data.pkl" not in files:
-        known = "NumPy arrays (.npz)" if any(n.endswith(".npy") for n in files) else "other things"
+        known = "NumPy arrays (.npz)" if any(n.endswith(".npy") for n in names) else "other things"
         raise Refused(f"is a zip archive of {known}, not one that torch.save has written")
 
 
@@ -179,15 +190,15 @@ def reason(error: Exception) -> str:
     asked = re.search(r"GLOBAL (\S+)", text)
     if asked:
         return (
-            f"asks for {asked[1]} to be called while it is read, which could run any program;"
-            " such a file is not read"
+            f"asks for {asked[1]} to be called while it is read; only tensors are read, since"
+            " anything else could run a program"
         )
     if isinstance(error, MemoryError) or "allocate memory" in text or "bad_alloc" in text:
         return "needs more memory to read than a file of its size may"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if "weights_only" not in line]
-    shown = (told or lines or [""])[0][:300]
-    return f"is damaged, incomplete or no file of weights ({type(error).__name__}: {shown})"
+    shown = ": ".join((type(error).__name__, *(told or lines)[:1]))
+    return f"is damaged, incomplete or no file of weights ({shown[:300]})"
 
 
 # --- what this process may do -------------------------------------------------------------------

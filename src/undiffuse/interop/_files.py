@@ -90,7 +90,10 @@ def read_tensors(path: str | Path, limits: Limits | None = None) -> Foreign:
     path = Path(path)
     kind = kind_of(path)
     if kind is Kind.SAFETENSORS:
-        return Foreign(*_read_safetensors(path), kind)
+        tensors, numbers = _read_safetensors(path, path)
+        if not tensors:
+            raise _refusal(path, "holds no tensors")
+        return Foreign(tensors, numbers, kind)
     return _read_in_child(path.resolve(), kind, limits or Limits.for_size(path.stat().st_size))
 
 
@@ -183,7 +186,7 @@ def _refusal(path: Path, why: str) -> CheckpointError:
 # --- safetensors --------------------------------------------------------------------------------
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Number]]:
+def _read_safetensors(path: Path, named: Path) -> tuple[dict[str, Tensor], dict[str, Number]]:
     from safetensors import SafetensorError, safe_open
 
     # pread: tensors of their own, which a file that changes later cannot reach.
@@ -193,7 +196,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Number]]
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, LookupError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _refusal(path, f"is a damaged or incomplete safetensors file: {why}") from error
+        raise _refusal(named, f"is a damaged or incomplete safetensors file: {why}") from error
 
 
 # --- torch, in a process of its own -------------------------------------------------------------
@@ -232,7 +235,7 @@ def _read_in_child(path: Path, kind: Kind, limits: Limits) -> Foreign:
         if code != 0 or not result.is_file():
             raise _refusal(path, _ended(code, folder, limits))
         names, numbers = _parse(path, result)
-        tensors, _ = _read_safetensors(folder / "tensors.safetensors")
+        tensors, _ = _read_safetensors(folder / "tensors.safetensors", path)
     if set(tensors) != {str(number) for number in range(len(names))}:
         raise _refusal(path, "could not be read: its tensors and their names do not agree")
     return Foreign({name: tensors[str(i)] for i, name in enumerate(names)}, numbers, kind)
@@ -264,18 +267,17 @@ def _run(path: Path, folder: Path, limits: Limits) -> int | None:
             return child.wait(limits.seconds)
         except subprocess.TimeoutExpired:
             return None
-        finally:  # also on Ctrl-C, and whatever the process may have started
-            _end(child)
+        finally:  # also on Ctrl-C
+            if child.returncode is None:
+                _end(child)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a process that still runs, and whatever it may have started."""
     if sys.platform == "win32":
         child.kill()
     else:
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        os.killpg(child.pid, signal.SIGKILL)  # not reaped yet: the number is still its own
     child.wait()
 
 
@@ -303,13 +305,23 @@ def _parse(path: Path, result: Path) -> tuple[list[str], dict[str, Number]]:
         raise _refusal(path, f"holds names and numbers of more than {MAX_RESULT} bytes")
     try:
         told = cast("dict[str, object]", json.loads(result.read_bytes()))
-        if "refused" in told:
-            raise _refusal(path, str(told["refused"]))
-        names = [_told(name, str) for name in _told(told["names"], list)]
-        numbers = _told(told["numbers"], dict)
-        return names, {name: _told(n, int | float | str) for name, n in numbers.items()}
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(path, f"could not be read: {error}") from error
+    if "refused" in told:
+        raise _refusal(path, str(told["refused"]))
+    names, numbers = told.get("names"), told.get("numbers")
+    if not (_all_of(names, list, str) and _all_of(numbers, dict, str)):
+        raise _refusal(path, "could not be read: its names are no names")
+    named = cast("dict[str, object]", numbers)
+    if not all(isinstance(number, int | float | str) for number in named.values()):
+        raise _refusal(path, "could not be read: its numbers are no numbers")
+    return cast("list[str]", names), cast("dict[str, Number]", named)
+
+
+def _all_of(values: object, outer: type, inner: type) -> bool:
+    if not isinstance(values, outer):
+        return False
+    return all(isinstance(value, inner) for value in cast("list[object]", values))
 
 
 # --- which weights ------------------------------------------------------------------------------

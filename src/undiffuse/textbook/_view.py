@@ -21,9 +21,14 @@ from torch import Tensor, nn
 
 from undiffuse.errors import ConfigError
 from undiffuse.spec import Activation, Conv, Embedding, Join, Out, Program, Style, UNetSpec, trace
-from undiffuse.unet import ConcatSkip, Head, TimestepEmbedding, UNet, build, pad_to_multiple
 from undiffuse.unet import (
-    _check_inputs as check_inputs,  # pyright: ignore[reportPrivateUsage] # the very same messages
+    ConcatSkip,
+    Head,
+    TimestepEmbedding,
+    UNet,
+    build,
+    check_inputs,
+    pad_to_multiple,
 )
 
 Layer = TypeVar("Layer", bound=nn.Module)
