@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import columns
 
@@ -81,10 +83,19 @@ def decorate(
         axes.set_title(title)
         if "x" in log:
             axes.set_xscale("log")
+            _plain(axes.xaxis)
         if "y" in log:
             axes.set_yscale("log")
+            _plain(axes.yaxis)
         if legend:
             axes.legend()
+
+
+def _plain(axis: Axis) -> None:
+    """Ticks at 1, 2, 5, 10 … in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bars(axes: Axes, values: Mapping[str, Sequence[float]], form: str = "{:.3g}") -> None:

@@ -22,6 +22,8 @@ Inside `trainings` and `measure` use the lab:
   and whether the training broke down (then `trained` raises);
 - `lab.errors(training)`: held-out error by noise level, and on fields the excess over the best
   possible denoiser;
+- seconds in a table come from `step_seconds`, not from a history, which knows what else the machine
+  was doing;
 - `lab.kept(function, *arguments)`: calls `function(lab, *arguments)` once and keeps what it
   returns. Everything that takes more than a second belongs in such a piece: an interrupted run then
   goes on where it was. The key is the function's own text and its arguments (plain values,
@@ -527,6 +529,20 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
+
+
+def step_seconds(lab: Lab, spec: UNetSpec, height: int, width: int, repeats: int) -> float:
+    """Of a training step of 16 pictures: the fastest of some, so that other work on the machine
+    counts for little. Use it as a piece: lab.kept(step_seconds, spec, 32, 32, lab.count(15))."""
+    net, x, times = UNet(spec), torch.zeros(16, spec.in_channels, height, width), list[float]()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    for _ in range(repeats):
+        began = time.perf_counter()
+        net(x, torch.zeros(16), None).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - began)
+    return round(min(times), 5)
 
 
 def machine() -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _section(study: Study, kept: Numbers) -> str:
     parts = [
         f'<a id="{study.id}"></a>\n\n## {study.id.upper()}. {study.title}\n',
         *(_verdict(claim, judged) for claim, judged in _judged(study, kept)),
-        f"![{study.title}](images/studies/{study.id}.svg)\n\n*{study.caption}*\n",
+        f"![{study.title}](images/studies/{study.id}.svg)\n\n*{' '.join(study.caption.split())}*\n",
         f"**How.** {' '.join(study.how.split())}\n",
         *(f"**{table.title}**\n\n{_table(table)}" for table in study.tables(kept["numbers"])),
         _machine(kept["machine"]),
@@ -87,9 +87,9 @@ def _section(study: Study, kept: Numbers) -> str:
 def _verdict(claim: Claim, judged: Judgement) -> str:
     ids = ", ".join(claim.ids)
     return (
-        f"- **Claim** ({ids}): {claim.says}\n"
-        f"  **Verdict: {judged.verdict.value}.** {judged.text}\n"
-        f"  *Rule: {claim.rule}*\n"
+        f"- **Claim** ({ids}): {claim.says}<br>\n"
+        f"  **Verdict: {judged.verdict.value}.** {judged.text}<br>\n"
+        f"  *Rule: {claim.rule}.*\n"
     )
 
 

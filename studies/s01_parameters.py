@@ -161,7 +161,7 @@ def figure(numbers: Numbers) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     decorate(axes, x="percent of all parameters", y="", legend=False)
-    drawn.legend(loc="outside upper center", ncols=6, frameon=False)
+    drawn.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return drawn
 
 
@@ -184,8 +184,7 @@ STUDY = Study(
         Claim(
             ("T001-13",),
             "The four named configurations have about 8, 35, 113 and 100 million parameters, and"
-            " the"
-            " configuration under test about 35 million.",
+            " the configuration under test about 35 million.",
             f"holds if all five are within {NEAR:.0%}, fails if none of the four is, else depends",
             judge_presets,
         ),

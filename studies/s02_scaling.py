@@ -23,6 +23,7 @@ from harness import (
     Verdict,
     mean,
     spread,
+    step_seconds,
 )
 from nets import FIELDS, small_unet
 from undiffuse import cost, recipes
@@ -139,6 +140,10 @@ def _small(lab: Lab, name: str) -> Numbers:
     }
 
 
+def _step_seconds(lab: Lab, spec: UNetSpec) -> float:
+    return lab.kept(step_seconds, spec, FIELDS.height, FIELDS.width, lab.count(15))
+
+
 def _length(lab: Lab, steps: int) -> Numbers:
     return {"steps": steps, **_errors(lab, [training(BASE, s, steps) for s in lab.seeds])}
 
@@ -146,7 +151,7 @@ def _length(lab: Lab, steps: int) -> Numbers:
 def _errors(lab: Lab, runs: Sequence[Training]) -> Numbers:
     return {
         "excess": [mean(lab.errors(run)["excess"]) for run in runs],
-        "seconds": [run.steps * lab.history(run).seconds_per_step for run in runs],
+        "seconds": runs[0].steps * _step_seconds(lab, runs[0].spec),
     }
 
 
@@ -207,7 +212,7 @@ def judge_quality(numbers: Numbers) -> Judgement:
     holds = max(wide) < 0 and max(deep) < 0 and mean(wide) < mean(deep)
     fails = mean(wide) >= 0 and mean(deep) >= 0
     bought = [
-        100 * (mean(small[n]["excess"]) / at_equal_time(numbers, mean(small[n]["seconds"])) - 1)
+        100 * (mean(small[n]["excess"]) / at_equal_time(numbers, small[n]["seconds"]) - 1)
         for n in (WIDE, DEEP)
     ]
     return Judgement(
@@ -225,7 +230,7 @@ def _change(new: Sequence[float], old: Sequence[float]) -> list[float]:
 
 def at_equal_time(numbers: Numbers, seconds: float) -> float:
     """Excess of the unchanged network after as many seconds; between lengths on a log-log line."""
-    points = [(mean(one["seconds"]), mean(one["excess"])) for one in numbers["lengths"]]
+    points = [(one["seconds"], mean(one["excess"])) for one in numbers["lengths"]]
     points.sort()
     if len(points) == 1 or seconds <= points[0][0]:
         return points[0][1]
@@ -278,9 +283,9 @@ def _small_table(numbers: Numbers) -> Table:
         (
             name,
             f"{one['parameters']:,}",
-            f"{mean(one['seconds']):.0f}",
+            f"{one['seconds']:.0f}",
             spread(one["excess"]),
-            f"{at_equal_time(numbers, mean(one['seconds'])):.3g}",
+            f"{at_equal_time(numbers, one['seconds']):.3g}",
         )
         for name, one in numbers["small"].items()
     ]
@@ -302,14 +307,18 @@ def figure(numbers: Numbers) -> Figure:
     left.set_yticks(range(len(changed)), [name.replace(" at ", "\nat ") for name in changed])
     left.invert_yaxis()
     decorate(left, "times the unchanged network", "", "full size")
-    line = [(mean(one["seconds"]), mean(one["excess"])) for one in numbers["lengths"]]
+    line = [(one["seconds"], mean(one["excess"])) for one in numbers["lengths"]]
     right.plot(*zip(*line, strict=True), color="#68727f", lw=1, label="unchanged, 150 … 1000 steps")
     for colour, marker, (name, one) in zip(
         COLOURS, MARKERS, numbers["small"].items(), strict=False
     ):
-        right.plot(one["seconds"], one["excess"], marker, color=colour, ms=5, label=name)
+        right.plot(_points(one), one["excess"], marker, color=colour, ms=5, label=name)
     decorate(right, "seconds of training", "excess error, percent", "small networks", "xy")
     return drawn
+
+
+def _points(one: Numbers) -> list[float]:
+    return [one["seconds"]] * len(one["excess"])
 
 
 def _claim(says: str, name: str, low: float, high: float) -> Claim:

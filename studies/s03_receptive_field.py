@@ -111,9 +111,8 @@ def judge_naive(numbers: Numbers) -> Judgement:
     return Judgement(
         verdict,
         f"Counted {reach['counted'][0]} pixels, measured {reach['measured'][0]}. On 32-pixel fields"
-        f" the best possible denoiser has 90 % of its weight within {min(numbers['optimum'])}"
-        f" pixels"
-        f" at the lowest noise level and within {needed} at the widest.",
+        f" the best possible denoiser has 90 % of its weight in a square of side"
+        f" {min(numbers['optimum'])} at the lowest noise level, and of {needed} at most.",
     )
 
 
@@ -219,8 +218,7 @@ STUDY = Study(
             ("T003-3",),
             "How much context a denoiser uses depends on the noise level.",
             "holds if in every seed the trained U-Net's widest effective field is at least 1.5"
-            " times"
-            " its narrowest",
+            " times its narrowest",
             judge_scales,
         ),
     ),

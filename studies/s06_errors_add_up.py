@@ -173,8 +173,7 @@ def judge_growth(numbers: Numbers) -> Judgement:
         f" the error is the same at every step and of {spread(fresh)} if it is fresh at every step."
         f" With a hardly trained network it changes by {spread(network)} from"
         f" {numbers['network_steps'][0]} to {numbers['network_steps'][-1]} steps: an error is paid"
-        f" per"
-        " way through the noise levels, not per step.",
+        " per way through the noise levels, not per step.",
     )
 
 
@@ -209,8 +208,7 @@ def judge_systematic(numbers: Numbers) -> Judgement:
         verdict,
         f"A {SIZE:.0%} error of the noise at all {most} steps moves the final picture by"
         f" {spread(every)} standard deviations, {spread(times)} times as much as at the worst"
-        f" single"
-        " step.",
+        " single step.",
     )
 
 

@@ -144,8 +144,7 @@ def judge_zero(numbers: Numbers) -> Judgement:
         f"Its largest output is {max(outputs):g} before training, so the first loss is the mean"
         f" square"
         f" of the noise, {spread(numbers['noise'], 4)}, to {max(apart):.1g}. With a usual output"
-        f" layer"
-        f" the first loss is {spread(numbers[USUAL]['first_loss'], 4)}.",
+        f" layer the first loss is {spread(numbers[USUAL]['first_loss'], 4)}.",
     )
 
 
@@ -159,8 +158,7 @@ def judge_near_zero(numbers: Numbers) -> Judgement:
         f"The mean squared error of predicting no noise is {spread(first)} at t = 0 and"
         f" {spread(last)}"
         " at t = 1: the noise to be predicted has variance 1 at every t. Only the picture implied"
-        " by"
-        " it is nearly right at t = 0, because hardly any noise was added.",
+        " by it is nearly right at t = 0, because hardly any noise was added.",
     )
 
 
@@ -248,8 +246,7 @@ STUDY = Study(
             ("T001-18",),
             "A zeroed output layer makes training stable.",
             "three tests: lower loss in the first tenth of the steps in every seed; at least a"
-            " tenth"
-            " less excess error at the end; fewer failures (loss above"
+            " tenth less excess error at the end; fewer failures (loss above"
             f" {FAILED:g}) at high learning rates. All: holds, none: fails, else depends",
             judge_training,
         ),

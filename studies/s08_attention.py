@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from matplotlib.figure import Figure
 
-from figures import NOISE_AXIS, canvas, decorate, lines
+from figures import COLOURS, MARKERS, NOISE_AXIS, canvas, decorate, lines
 from harness import (
     LEVELS,
     Claim,
@@ -130,9 +130,8 @@ def judge_use(numbers: Numbers, name: str, than: str) -> Judgement:
     verdict = Verdict.FAILS if mean(gains) < CLEAR / 2 else verdict
     return Judgement(
         verdict,
-        f"Attention '{name}' changes the excess error by {spread([-g for g in gains])} % compared"
-        f" with"
-        f" '{than}'.",
+        f"Attention '{name}' instead of '{than}' changes the excess error by"
+        f" {spread([-g for g in gains])} %, on fields, whose best denoiser is a linear filter.",
     )
 
 
@@ -194,9 +193,10 @@ def figure(numbers: Numbers) -> Figure:
     small = numbers["small"]
     lines(left, numbers["ratio"], {name: one["excess"] for name, one in small.items()})
     decorate(left, NOISE_AXIS, "excess error, percent", "by noise level", "xy")
-    for name, one in small.items():
+    for colour, marker, (name, one) in zip(COLOURS, MARKERS, small.items(), strict=False):
         errors = [mean(row) for row in one["excess"]]
-        right.plot([one["milliseconds"]] * len(errors), errors, "o", ms=5, label=name)
+        where = [one["milliseconds"]] * len(errors)
+        right.plot(where, errors, marker, color=colour, ms=5, label=name)
     decorate(right, "milliseconds for 16 pictures", "excess error, percent", "cost and use")
     right.set_ylim(bottom=0)
     return drawn
@@ -212,24 +212,21 @@ STUDY = Study(
             "two tests: at full size the network with attention at 64 px needs at least 1.5 times"
             " the"
             " multiply-adds of that with attention at 8 px; the small network at least 1.5 times"
-            " the"
-            " time with attention at full resolution. Both: holds, none: fails, else depends",
+            " the time with attention at full resolution. Both: holds, none: fails, else depends",
             judge_cost,
         ),
         Claim(
             ("T000-12",),
             "Attention at low resolution is enough: at high resolution it adds little.",
             f"holds if it saves less than {CLEAR:g} % of the excess error in every seed, fails if"
-            f" at"
-            " least that in every seed, else depends",
+            " at least that in every seed, else depends",
             judge_enough,
         ),
         Claim(
             ("T003-15",),
             "Attention in the middle belongs to a good network.",
             f"holds if it saves at least {CLEAR:g} % of the excess error in every seed, fails if"
-            f" less"
-            f" than {CLEAR / 2:g} % on average, else depends",
+            f" less than {CLEAR / 2:g} % on average, else depends",
             partial(judge_use, name=MIDDLE, than=NONE),
         ),
         Claim(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from undiffuse.errors import CheckpointError
+from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.interop import _child, _files
 from undiffuse.interop._files import Foreign, Kind, Limits, Weights, choose_weights, read_tensors
 
@@ -215,6 +215,12 @@ def test_any_first_bytes_give_a_kind_or_one_line(data: bytes) -> None:
     known = _files._kind(data)
     assert known is None or known in Kind
     assert "\n" not in _files._what_else(data, data[-8:])
+
+
+def test_without_safetensors_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install safetensors"):
+        read_tensors("net.pt")
 
 
 def test_a_name_that_would_break_the_line_is_quoted(tmp_path: Path) -> None:

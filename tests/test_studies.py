@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-STUDIES = ROOT / "studies"
 import harness
 import nets
 import pictures
@@ -30,6 +28,9 @@ from page import write_page
 from undiffuse import cost
 from undiffuse.noise import NoiseLevel
 from undiffuse.unet import UNet
+
+ROOT = Path(__file__).parent.parent
+STUDIES = ROOT / "studies"
 
 SMALL = pictures.Fields(8, 6, torus=16)
 TINY = nets.small_unet((4, 4), middle=())

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -22,7 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from undiffuse.errors import CheckpointError
+from undiffuse.errors import CheckpointError, ConfigError
 
 Number = int | float | bool | str
 
@@ -86,7 +87,10 @@ def read_tensors(path: str | Path, limits: Limits | None = None) -> Foreign:
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, asks for code to be run,
             or costs more than `limits`.
+        ConfigError: the safetensors package is not installed.
     """
+    if find_spec("safetensors") is None:
+        raise ConfigError("foreign weights need safetensors >= 0.8: pip install safetensors")
     path = Path(path)
     kind = kind_of(path)
     if kind is Kind.SAFETENSORS:

@@ -103,6 +103,8 @@ def _parts(tensors: Tensors) -> tuple[Tensors, Tensors]:
     if "net.init_conv.weight" in tensors:
         raise _refusal("ElucidatedDiffusion cannot be expressed (only GaussianDiffusion)")
     prefix = "model."
+    if f"{prefix}init_conv.weight" not in tensors:
+        raise _refusal("init_conv.weight is missing: the file does not hold this network")
     theirs = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     others = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
     if unknown := others.keys() - BUFFERS:
@@ -148,16 +150,18 @@ def _template(levels: int) -> Program:
 
 def _names(levels: int) -> Iterator[str]:
     """Where each op keeps its tensors, in the order of the program; skips keep none."""
-    last = levels - 1
     yield "init_conv"
     for i in range(levels):
-        down = f"downs.{i}"
-        yield from (f"{down}.0", f"{down}.1", f"{down}.2", f"{down}.3" + ".1" * (i < last))
+        yield from _level_names(f"downs.{i}", last=i == levels - 1)
     yield from ("mid_block1", "mid_attn", "mid_block2")
     for i in range(levels):
-        up = f"ups.{i}"
-        yield from (f"{up}.0", f"{up}.1", f"{up}.2", f"{up}.3" + ".1" * (i < last))
+        yield from _level_names(f"ups.{i}", last=i == levels - 1)
     yield from ("final_res_block", "final_conv")
+
+
+def _level_names(level: str, last: bool) -> tuple[str, ...]:
+    """Two blocks, attention, and what changes the width: in all but the last after a resampling."""
+    return (f"{level}.0", f"{level}.1", f"{level}.2", f"{level}.3" if last else f"{level}.3.1")
 
 
 def _op(op: Op, theirs: Tensors, names: Iterator[str]) -> Op:
@@ -344,8 +348,9 @@ def _kind(op: Op) -> type[Op]:
 
 
 def _check_same(spec: UNetSpec, theirs: UNetSpec) -> None:
-    """What their file would be read as must be what was written; only dropout is not in it."""
-    wanted = replace(theirs.style, dropout=spec.style.dropout)
+    """What their file would be read as must be what was written, training and group norms aside."""
+    inert = ("dropout", "zero_init", "groups", "group_width", "eps", "project_resized")
+    wanted = replace(theirs.style, **{name: getattr(spec.style, name) for name in inert})
     if spec.style != wanted:
         field = next(n for n in vars(wanted) if getattr(spec.style, n) != getattr(wanted, n))
         raise ConfigError(
