@@ -28,8 +28,9 @@ from nets import FIELDS, STEPS, reference
 from undiffuse.spec import Part, Skip, UNetSpec, trace
 from undiffuse.unet import UNet
 
-BOTTLENECK, FULL = "bottleneck", "all skips at 32 px"
+BOTTLENECK, FULL, DEEP = "bottleneck", "all skips at 32 px", "everything at 8 px"
 MATTERS = 10.0  # percent of the optimum's error
+Rows = list[list[float]]  # by seed, by level
 Replace = Callable[[Tensor], Tensor]
 
 
@@ -53,7 +54,10 @@ def places(spec: UNetSpec, size: int) -> dict[str, tuple[str, ...]]:
         f"all skips at {size // scale} px": tuple(s.name for s in skips if s.out_scale == scale)
         for scale in scales
     }
-    return {BOTTLENECK: (last,), **by_size, "all skips": tuple(s.name for s in skips)}
+    coarsest = size // scales[-1]
+    deep = (*by_size[f"all skips at {coarsest} px"], last)
+    everything = {f"everything at {coarsest} px": deep, "all skips": sum(by_size.values(), ())}
+    return {BOTTLENECK: (last,), **by_size, **everything}
 
 
 @contextmanager
@@ -106,18 +110,25 @@ def measure(lab: Lab) -> Numbers:
 
 def judge(numbers: Numbers) -> Judgement:
     """The bottleneck at high noise, the finest skips at low noise."""
-    deep, fine = numbers["average"][BOTTLENECK], numbers["average"][FULL]
-    low = [skip[0] > middle[0] for skip, middle in zip(fine, deep, strict=True)]
-    high = [skip[-1] < middle[-1] for skip, middle in zip(fine, deep, strict=True)]
-    votes = (*low, *high)
+    fine, middle, deep = (numbers["average"][name] for name in (FULL, BOTTLENECK, DEEP))
+    votes = [vote for one in (middle, deep) for vote in _votes(fine, one)]
     verdict = Verdict.HOLDS if all(votes) else Verdict.DEPENDS if any(votes) else Verdict.FAILS
     first, last = numbers["ratio"][0], numbers["ratio"][-1]
     return Judgement(
         verdict,
         f"At σ/α = {first:g} the error grows by {spread([r[0] for r in fine])} % without the finest"
-        f" skips and by {spread([r[0] for r in deep])} % without the bottleneck; at {last:g} by"
-        f" {spread([r[-1] for r in fine])} % and {spread([r[-1] for r in deep])} %.",
+        f" skips, by {spread([r[0] for r in middle])} % without the bottleneck and by"
+        f" {spread([r[0] for r in deep])} % without everything at its resolution; at {last:g} by"
+        f" {spread([r[-1] for r in fine])} %, {spread([r[-1] for r in middle])} % and"
+        f" {spread([r[-1] for r in deep])} %. Where skips of its own resolution stand beside it, the"
+        " bottleneck alone can be missed.",
     )
+
+
+def _votes(fine: Rows, coarse: Rows) -> list[bool]:
+    """For every seed: fine matters more at the lowest level, and less at the highest."""
+    low = [a[0] > b[0] for a, b in zip(fine, coarse, strict=True)]
+    return low + [a[-1] < b[-1] for a, b in zip(fine, coarse, strict=True)]
 
 
 def judge_onset(numbers: Numbers) -> Judgement:
@@ -135,8 +146,8 @@ def judge_onset(numbers: Numbers) -> Judgement:
 
 def _scales(numbers: Numbers) -> list[str]:
     """Fine to coarse."""
-    skips = [name for name in numbers["average"] if name.endswith("px")]
-    return [*sorted(skips, key=lambda name: -int(name.split()[-2])), BOTTLENECK]
+    skips = [name for name in numbers["average"] if name.startswith("all skips at")]
+    return [*sorted(skips, key=lambda name: -int(name.split()[-2]))[:-1], DEEP]
 
 
 def _centre(numbers: Numbers, name: str) -> float:
@@ -190,16 +201,16 @@ STUDY = Study(
         Claim(
             ("T003-13",),
             "At high noise the network leans on its bottleneck, at low noise on its skips.",
-            "in each seed: at the lowest level silencing the finest skips costs more than silencing"
-            " the bottleneck, at the highest level less; all true: holds, none: fails, else"
-            " depends",
+            "in each seed, for the bottleneck alone and for everything at its resolution: at the"
+            " lowest level silencing the finest skips costs more, at the highest level less. All"
+            " true: holds, none: fails, else depends",
             judge,
         ),
         Claim(
             ("T003-12",),
             "Every resolution serves noise of its own scale: the coarser, the noisier.",
             "holds if the noise level around which silencing a resolution matters grows from the"
-            " finest skips to the bottleneck without exception, else fails",
+            " finest skips to everything at the coarsest resolution, else fails",
             judge_onset,
         ),
     ),

@@ -1,7 +1,6 @@
 """S18: the four presets of text 001's table: seconds and memory in full, quality when shrunk."""
 
 import resource
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -9,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -115,13 +115,19 @@ def one_step(spec: UNetSpec, side: int, limit: int) -> Numbers:
     began, seconds = time.perf_counter(), 0.0
     for _ in train(state, source, Recipe(SCHEDULE, uniform_t), config):
         seconds, began = time.perf_counter() - began, time.perf_counter()
-    return {"seconds": round(seconds, 3), "bytes": _peak() - before}
+    return {"seconds": round(seconds, 3), "bytes": max(1, _peak() - before)}
 
 
 def _peak() -> int:
-    """Most bytes this process has held; Linux counts in KiB, macOS in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Most bytes this process has held.
+
+    Linux lets a new process inherit its parent's figure in `getrusage`, but not in `status`.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    (line,) = (one for one in status.read_text().splitlines() if one.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def in_full(lab: Lab, name: str, side: int, base: int) -> Numbers:

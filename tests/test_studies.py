@@ -326,7 +326,7 @@ def test_silenced_layers_come_back(lab: Lab) -> None:
 
 def test_named_places_cover_all_skips() -> None:
     named = s05_bottleneck_and_skips.places(nets.REFERENCE, 32)
-    sizes = [names for name, names in named.items() if name.endswith("px")]
+    sizes = [names for name, names in named.items() if name.startswith("all skips at")]
     assert sorted(sum(sizes, ())) == sorted(named["all skips"])
     assert len(named["all skips"]) == 6
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from programs import specs, styles, unchecked
 from undiffuse.errors import ConfigError
-from undiffuse.recipes import ddpm_family, preset, text000, text002, text003
+from undiffuse.recipes import PRESETS, ddpm_family, preset, text000, text002, text003
 from undiffuse.spec import (
     Act,
     Activation,
@@ -394,6 +394,27 @@ def test_unshuffling_orders_channel_row_column() -> None:
 def test_a_group_holds_at_least_its_width(width: int, groups: int) -> None:
     """min(32, C / 4) groups, as DDPM++ counts them."""
     assert norm_layer(width, Style(group_width=4)).num_groups == groups
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "naive"])
+def test_every_block_of_every_preset_hears_the_timestep(name: str) -> None:
+    """A norm over groups of one channel would take away what the timestep adds (group_width)."""
+    spec = preset(name)
+    for site in trace(spec):
+        if isinstance(site.op, Res):
+            style = spec.style
+            groups = norm_layer(site.out_width, style).num_groups
+            assert style.inject is Inject.SCALE_SHIFT or groups < site.out_width
+
+
+def test_a_block_in_groups_of_one_channel_cannot_hear_the_timestep() -> None:
+    """Why `group_width` exists."""
+    x, emb = noise(2, 8, 5, 3), noise(2, 10)
+    for group_width, heard in ((1, False), (4, True)):
+        style = Style(group_width=group_width, zero_init=False, embedding=EMBEDDING)
+        block = shaken(ResBlock(8, 8, style, None))
+        difference = (block(x.double(), emb.double()) - block(x.double(), -emb.double())).abs()
+        assert bool(difference.max() > 1e-3) == heard
 
 
 def test_the_label_can_be_added_to_the_sinusoid() -> None:

@@ -1,6 +1,6 @@
 """The JSON of diffusers' configurations, read strictly.
 
-Nothing is ignored that might have a meaning: a field is expressed, or refused by its name and value.
+Nothing that might have a meaning is ignored: a field is expressed, or refused by name and value.
 """
 
 import json
