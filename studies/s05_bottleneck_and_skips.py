@@ -120,8 +120,8 @@ def judge(numbers: Numbers) -> Judgement:
         f" skips, by {spread([r[0] for r in middle])} % without the bottleneck and by"
         f" {spread([r[0] for r in deep])} % without everything at its resolution; at {last:g} by"
         f" {spread([r[-1] for r in fine])} %, {spread([r[-1] for r in middle])} % and"
-        f" {spread([r[-1] for r in deep])} %. Where skips of its own resolution stand beside it, the"
-        " bottleneck alone can be missed.",
+        f" {spread([r[-1] for r in deep])} %. Silencing the bottleneck alone never adds more than"
+        f" {max(max(row) for row in middle):.2g} % at any level.",
     )
 
 

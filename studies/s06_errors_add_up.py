@@ -94,7 +94,7 @@ def single(lab: Lab, steps: int, seed: int, count: int) -> dict[str, list[float]
     right = sampled(oracle, steps, begin)
     grid = noise.levels(SCHEDULE, steps)
     injected = [
-        SIZE * float(grid[p].ratio - grid[p + 1].ratio) / STD for p in places
+        distance(direction, none[:count]) * float(grid[p].ratio - grid[p + 1].ratio) for p in places
     ]  # in x, right after the step
     deviations = [distance(part, right) for part in final.split(count)]
     ratios = [float(grid[p].ratio) for p in places]
@@ -172,8 +172,8 @@ def judge_growth(numbers: Numbers) -> Judgement:
         f"From {few} to {most} steps the final deviation changes by a factor of {spread(same)} if"
         f" the error is the same at every step and of {spread(fresh)} if it is fresh at every step."
         f" With a hardly trained network it changes by {spread(network)} from"
-        f" {numbers['network_steps'][0]} to {numbers['network_steps'][-1]} steps: an error is paid"
-        " per way through the noise levels, not per step.",
+        f" {numbers['network_steps'][0]} to {numbers['network_steps'][-1]} steps."
+        + (" An error is paid per way through the noise levels, not per step." * (not any(up))),
     )
 
 
@@ -190,8 +190,8 @@ def judge_compounding(numbers: Numbers) -> Judgement:
     return Judgement(
         verdict,
         f"With the exact denoiser for all other steps, between {100 * min(kept):.2g} % and"
-        f" {100 * max(kept):.3g} % of a single error is left in the final picture: later steps"
-        " remove what does not look like data.",
+        f" {100 * max(kept):.3g} % of a single error is left in the final picture."
+        + (" Later steps remove what does not look like data." * (verdict is Verdict.FAILS)),
     )
 
 

@@ -120,13 +120,13 @@ def exact(lab: Lab) -> Numbers:
     return {"pictures": bands, "waves": by_wave(whole), "recovered": shares}
 
 
-@torch.no_grad()
 def recovered(lab: Lab, training: Training, count: int) -> list[list[float]]:
     """Share of a band's power that the network's estimate recovers: bands x levels."""
     denoise, found = lab.trained(training), list[list[float]]()
     for ratio in LEVELS:
         x0, x, level = noised(FIELDS, ratio, count)
-        error, whole = power(denoise(x, level) - x0), power(x0)
+        with torch.no_grad():
+            error, whole = power(denoise(x, level) - x0), power(x0)
         found.append([1 - in_band(error, r) / in_band(whole, r) for r in RESOLUTIONS])
     return [list(band) for band in zip(*found, strict=True)]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 
 from figures import canvas, decorate, lines
@@ -159,20 +160,21 @@ def shares(numbers: Numbers, name: str) -> list[list[float]]:
 
 def judge_skips(numbers: Numbers) -> Judgement:
     """More gradient at the first block, when untrained and when trained."""
-    first = [_times(shares(numbers, SKIPS), shares(numbers, CUT))]
     trained = {n: [[share(one)] for one in numbers[n]["trained"]] for n in (SKIPS, CUT)}
-    apart = (*first, _times(trained[SKIPS], trained[CUT]))
+    apart = (
+        _times(shares(numbers, SKIPS), shares(numbers, CUT)),
+        _times(trained[SKIPS], trained[CUT]),
+    )
     votes = [min(one) >= CLEAR for one in apart]
     verdict = Verdict.HOLDS if all(votes) else Verdict.DEPENDS
     verdict = Verdict.FAILS if all(mean(one) < 1.25 for one in apart) else verdict
+    before = [spread([row[-1] for row in shares(numbers, name)]) for name in (SKIPS, CUT)]
+    after = [spread([row[0] for row in trained[name]]) for name in (SKIPS, CUT)]
     return Judgement(
         verdict,
-        f"At {DEPTHS[-1]} levels the first block gets"
-        f" {spread([r[-1] for r in shares(numbers, SKIPS)])} of the last block's gradient with"
-        f" skips and {spread([r[-1] for r in shares(numbers, CUT)])} without ({spread(apart[0])}"
-        f" times less) before training; {spread([r[0] for r in trained[SKIPS]])} and"
-        f" {spread([r[0] for r in trained[CUT]])} after {STEPS} steps ({spread(apart[1])} times"
-        " less).",
+        f"At {DEPTHS[-1]} levels the first block's share is {before[0]} with skips and {before[1]}"
+        f" without before training (quotient {spread(apart[0])}), {after[0]} and {after[1]} after"
+        f" {STEPS} steps (quotient {spread(apart[1])}).",
     )
 
 
@@ -246,11 +248,13 @@ def figure(numbers: Numbers) -> Figure:
     relative = {n: [[v / row[-1] for v in row] for row in rows] for n, rows in curves.items()}
     lines(along, list(blocks), relative)
     decorate(along, "block, in order", "gradient / last block's", f"{DEPTHS[-1]} levels", "y")
+    along.yaxis.set_major_locator(LogLocator(numticks=9))
     lines(by_depth, DEPTHS, {name: shares(numbers, name) for name in (SKIPS, CUT)})
     decorate(by_depth, "levels", "first block / last block", "untrained U-Nets", "y")
     found = {n: [[share(one) for one in row] for row in r] for n, r in numbers["plain"].items()}
     lines(plains, LAYERS, {f"{name} start": rows for name, rows in found.items()})
     decorate(plains, "hidden layers", "first layer / last layer", "untrained plain CNNs", "xy")
+    plains.yaxis.set_major_locator(LogLocator(numticks=9))
     return drawn
 
 

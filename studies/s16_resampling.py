@@ -88,13 +88,13 @@ def measure(lab: Lab) -> Numbers:
     return {"ratio": list(LEVELS), "networks": found}
 
 
-@torch.no_grad()
 def checkerboards(lab: Lab, run: Training, count: int) -> list[float]:
     """By level, of what the network's estimate differs from the optimum."""
     denoise, oracle, found = lab.trained(run), FIELDS.oracle(), list[float]()
     for ratio in LEVELS:
         _, x, level = noised(FIELDS, ratio, count)
-        found.append(checkerboard(denoise(x, level) - oracle(x, level)))
+        with torch.no_grad():
+            found.append(checkerboard(denoise(x, level) - oracle(x, level)))
     return found
 
 

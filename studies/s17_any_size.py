@@ -38,7 +38,6 @@ def divisible(size: tuple[int, int]) -> bool:
     return all(side % REFERENCE.stride == 0 for side in size)
 
 
-@torch.no_grad()
 def at_size(lab: Lab, run: Training, size: tuple[int, int], count: int) -> Numbers:
     """Excess by level, in all pixels and in those of the last two rows and columns."""
     fields = replace(FIELDS, height=size[0], width=size[1])
@@ -46,7 +45,8 @@ def at_size(lab: Lab, run: Training, size: tuple[int, int], count: int) -> Numbe
     whole, edge = list[float](), list[float]()
     for ratio in LEVELS:
         _, x, level = noised(fields, ratio, count)
-        estimate = denoise(x, level)
+        with torch.no_grad():
+            estimate = denoise(x, level)
         apart = (estimate - oracle(x, level)).square().mean((0, 1))
         last = torch.cat((apart[-2:].flatten(), apart[:-2, -2:].flatten()))
         whole.append(100 * float(apart.mean()) / optimum(fields, ratio))

@@ -278,5 +278,5 @@ STUDY = Study(
     measure=measure,
     tables=tables,
     figure=figure,
-    caption="Left: time and memory of the presets. Right: error beyond the optimum of shrunk copies.",
+    caption="Left: time and memory of the presets. Right: excess error of shrunk copies.",
 )

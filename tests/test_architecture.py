@@ -67,7 +67,12 @@ HOUSE["__main__"] = place(4, "cli")
 HOUSE["__init__"] = place(4, f"{BELOW_RUNS} runs")
 
 # Outside packages that one module may use inside a single function, and why.
-EXTRAS = {("runs", "torch.utils.tensorboard"): "an optional tracker, imported when asked for"}
+EXTRAS = {
+    ("runs", "torch.utils.tensorboard"): "an optional tracker, imported when asked for",
+    ("interop", "onnx"): "the extra `onnx`: writes a graph, and checks its form",
+    ("interop", "onnxscript"): "likewise: torch's exporter needs it",
+    ("interop", "onnxruntime"): "likewise: runs the graph, to compare it with the network",
+}
 
 # Functions that may seed torch's global generator without forking it, and why.
 SEEDS = {("training.py", "_seed_dropout"): "dropout has no generator argument in torch"}

@@ -498,6 +498,13 @@ def test_a_missing_level_is_named() -> None:
     assert refusal({}).startswith("enc.RxR_conv.weight is missing: the file holds no SongUNet")
 
 
+def test_a_missing_block_is_named() -> None:
+    left = {key: value for key, value in empty(SONG).items() if "enc.16x16_block0" not in key}
+    assert refusal(left) == "enc.16x16_block0 is missing: the file is not complete"
+    far = {**empty(SONG), "model.enc.16x16_block99999.conv0.weight": meta(32, 32, 3, 3)}
+    assert refusal(far) == "enc.16x16_block2 is missing: the file is not complete"
+
+
 def test_options_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="channels_per_head=64 does not divide the 96 channels"):
         from_edm(empty(ADM))

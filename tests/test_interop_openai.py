@@ -456,6 +456,13 @@ def test_a_truncated_file_is_refused() -> None:
     assert refusal({}).startswith("input_blocks.0.0.weight is missing: the file holds no UNetModel")
 
 
+def test_a_large_number_in_a_name_costs_nothing() -> None:
+    far = {**SMALL, "input_blocks.9999.0.in_layers.2.weight": SMALL["out.2.weight"]}
+    assert refusal(far) == "input_blocks.9998 is missing, but there is a later one"
+    name = f"input_blocks.{'9' * 5000}.0.in_layers.2.weight"
+    assert refusal({**SMALL, name: SMALL["out.2.weight"]}).startswith("input_blocks.999")
+
+
 def changed(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     named = {name.replace("__", "."): shape for name, shape in shapes.items()}
     return {**SMALL, **{name: torch.empty(s, device="meta") for name, s in named.items()}}
@@ -591,3 +598,8 @@ def test_what_the_peer_cannot_express_is_refused_by_name(spec: UNetSpec, message
         to_openai(spec, {})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_complete_are_not_written() -> None:
+    with pytest.raises(ConfigError, match=r"^embedding\.linear1\.weight is missing from the wei"):
+        to_openai(base_spec(), {})

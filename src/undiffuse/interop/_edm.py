@@ -215,11 +215,12 @@ def structure_of(tensors: Tensors) -> Structure:
     top = f"enc.{sizes[0]}x{sizes[0]}"
     kind = Kind.DHARIWAL if "out_conv.weight" in tensors else Kind.SONG
     stem, channels, *_ = _shape(tensors, f"{top}_conv.weight", 4)
-    blocks = _matches(tensors, rf"{re.escape(top)}_block(\d+)\.")
-    if not blocks:
-        raise CheckpointError(f"{top}_block0.conv0.weight is missing: the file is not complete")
+    blocks = _matches(tensors, re.escape(top) + r"_block(\d{1,5})\.")
+    absent = next(i for i in itertools.count() if i not in blocks)
+    if absent <= max(blocks, default=0):
+        raise CheckpointError(f"{top}_block{absent} is missing: the file is not complete")
     first = [f"enc.{size}x{size}_block0" for size in sizes]
-    attended = _matches(tensors, r"enc\.(\d+)x\1_block0\.(?:norm2|qkv|proj)\.")
+    attended = _matches(tensors, r"enc\.(\d{1,5})x\1_block0\.(?:norm2|qkv|proj)\.")
     return Structure(
         kind=kind,
         channels=channels,
@@ -234,7 +235,7 @@ def structure_of(tensors: Tensors) -> Structure:
 
 
 def _resolutions(tensors: Tensors) -> tuple[int, ...]:
-    sizes = sorted(_matches(tensors, r"enc\.(\d+)x\1_"), reverse=True)
+    sizes = sorted(_matches(tensors, r"enc\.(\d{1,5})x\1_"), reverse=True)
     if not sizes:
         raise CheckpointError(
             "enc.RxR_conv.weight is missing: the file holds no SongUNet or DhariwalUNet of EDM"

@@ -221,6 +221,9 @@ def to_openai(
         )
     rules = _rules(spec, use_new_attention_order)
     _check_expressible(spec, rules)
+    missing = [rule.ours for rule in rules if rule.ours not in weights]
+    if missing:
+        raise ConfigError(f"{missing[0]} is missing from the weights of this network")
     return write_weights(rules, weights)
 
 
@@ -235,7 +238,9 @@ def structure_of(tensors: Tensors) -> Structure:
     """
     _refuse_classifier(tensors)
     stem, channels, *_ = _shape(tensors, "input_blocks.0.0.weight", 4)
-    count = 1 + max(_numbers(tensors, r"input_blocks\.(\d+)\."))
+    count = 1 + max(_numbers(tensors, r"input_blocks\.(\d{1,4})\."))
+    if count > len(tensors):  # before anything as long as a number in a name
+        raise CheckpointError(f"input_blocks.{count - 2} is missing, but there is a later one")
     resampling, ends = _level_ends(tensors, count)
     period = math.gcd(*ends) if ends else count
     if period < 2 or count % period:
@@ -244,7 +249,7 @@ def structure_of(tensors: Tensors) -> Structure:
         )
     firsts = range(1, count, period)  # of each level, the first residual block
     conv = "input_blocks.{}.0.in_layers.2.weight"
-    attended = _numbers(tensors, r"input_blocks\.(\d+)\.1\.")
+    attended = _numbers(tensors, r"input_blocks\.(\d{1,4})\.1\.")
     structure = Structure(
         in_channels=channels,
         out_channels=_shape(tensors, "out.2.weight", 4)[0],
@@ -263,15 +268,15 @@ def structure_of(tensors: Tensors) -> Structure:
 
 def _level_ends(tensors: Tensors, count: int) -> tuple[Resampling, set[int]]:
     """How levels end, and at which input blocks; output block i - 1 ends a level as i does."""
-    down = _numbers(tensors, r"input_blocks\.(\d+)\.0\.op\.")
-    up = {i + 1 for i in _numbers(tensors, r"output_blocks\.(\d+)\.[12]\.conv\.")}
+    down = _numbers(tensors, r"input_blocks\.(\d{1,4})\.0\.op\.")
+    up = {i + 1 for i in _numbers(tensors, r"output_blocks\.(\d{1,4})\.[12]\.conv\.")}
     if down or up:
         return Resampling.CONV, down | up
     # A residual block that resizes has the same tensors as any other, but stands second or third.
-    resized = {i + 1 for i in _numbers(tensors, r"output_blocks\.(\d+)\.[12]\.in_layers\.")}
+    resized = {i + 1 for i in _numbers(tensors, r"output_blocks\.(\d{1,4})\.[12]\.in_layers\.")}
     if resized:
         return Resampling.RESBLOCK, resized
-    empty = set(range(count)) - _numbers(tensors, r"input_blocks\.(\d+)\.")
+    empty = set(range(count)) - _numbers(tensors, r"input_blocks\.(\d{1,4})\.")
     return (Resampling.POOL, empty) if empty else (Resampling.CONV, empty)
 
 
@@ -303,7 +308,9 @@ def _classes(tensors: Tensors) -> int:
 
 
 def _refuse_classifier(tensors: Tensors) -> None:
-    if "input_blocks.0.0.weight" in tensors and not _numbers(tensors, r"output_blocks\.(\d+)\."):
+    if "input_blocks.0.0.weight" in tensors and not _numbers(
+        tensors, r"output_blocks\.(\d{1,4})\."
+    ):
         raise CheckpointError(
             "output_blocks.0 is missing: an EncoderUNetModel (classifier) cannot be imported,"
             " only a UNetModel"
@@ -576,8 +583,9 @@ def _check_expressible(spec: UNetSpec, rules: Sequence[Rule]) -> None:
         structure = structure_of(write_weights(rules, empty))
     except CheckpointError as error:
         raise ConfigError(f"OpenAI's UNetModel cannot express this network: {error}") from error
-    _check_program(spec.program, _spec(structure, _heads_in(spec), 0.0).program)
-    _check_style(spec.style, _spec(structure, _heads_in(spec), spec.style.dropout).style)
+    theirs = _spec(structure, _heads_in(spec), spec.style.dropout)
+    _check_program(spec.program, theirs.program)
+    _check_style(spec.style, theirs.style)
 
 
 def _heads_in(spec: UNetSpec) -> Callable[[int], int]:
