@@ -213,10 +213,12 @@ _PREDICTIONS: Mapping[object, Prediction] = {
 }
 
 
+@runtime_checkable
 class _WithTable(Protocol):
     alphas_cumprod: Tensor
 
 
+@runtime_checkable
 class _WithSigmas(Protocol):
     timesteps: Tensor
     sigmas: Tensor

@@ -409,7 +409,8 @@ def _completed(
     differing = [
         f.name
         for f in fields(first)
-        if any(getattr(first, f.name) != getattr(one, f.name) for one in fitting.values())
+        if f.name != "dropout"  # says nothing about what comes out
+        and any(getattr(first, f.name) != getattr(one, f.name) for one in fitting.values())
     ]
     if differing:
         raise ConfigError(
