@@ -47,13 +47,11 @@ _LOOK = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "legend.fontsize": 8,
-    "legend.framealpha": 0.85,
-    "legend.edgecolor": "white",
 }
 
 
 def canvas(
-    panels: int = 1, width: float = 4.4, height: float = 3.4, rows: int = 1
+    panels: int = 1, width: float = 4.4, height: float = 3.8, rows: int = 1
 ) -> tuple[Figure, tuple[Axes, ...]]:
     """A figure with `panels` axes, side by side in `rows` rows."""
     across = -(-panels // rows)
@@ -87,8 +85,10 @@ def decorate(
         if "y" in log:
             axes.set_yscale("log")
             _plain(axes.yaxis)
-        if legend:
-            axes.legend()
+        if legend:  # below, where it hides nothing
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8
+            )
 
 
 def _plain(axis: Axis) -> None:

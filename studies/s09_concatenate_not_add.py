@@ -17,7 +17,7 @@ from harness import (
     nearest,
     spread,
 )
-from nets import SHAPES, STEPS, WIDTHS, small_unet
+from nets import STEPS, WIDTHS, small_unet
 from pictures import Fields
 from undiffuse import cost
 from undiffuse.spec import Attn, Concat, Conv, Down, Join, Op, Out, Res, Skip, UNetSpec, Up
@@ -25,6 +25,8 @@ from undiffuse.spec import Attn, Concat, Conv, Down, Join, Op, Out, Res, Skip, U
 FIELDS = Fields(16, 16, torus=32)
 BATCH = 16
 CONCAT, ADD, NARROW = "concatenated", "added", "added, equal widths"
+USUAL = "concatenated, usual program"
+WIDER = (12, 22, 30)  # the widths, found by search, that give addition as many parameters
 CLEAR = 1.1  # times the excess
 
 
@@ -45,11 +47,13 @@ def joined(widths: tuple[int, ...], by: Join) -> UNetSpec:
 
 
 def specs() -> dict[str, UNetSpec]:
-    """Concatenation, addition at equal parameters, addition at equal widths."""
+    """Concatenation, addition at equal parameters, addition at equal widths, and the usual
+    program, whose skips cannot be added."""
     whole = joined(WIDTHS, Join.CONCAT)
     wanted = cost.total_parameters(whole)
-    wider = nearest((joined(widths, Join.ADD) for widths in SHAPES), wanted)
-    return {CONCAT: whole, ADD: wider, NARROW: joined(WIDTHS, Join.ADD)}
+    wider = nearest([joined(WIDER, Join.ADD)], wanted)
+    narrow = joined(WIDTHS, Join.ADD)
+    return {CONCAT: whole, ADD: wider, NARROW: narrow, USUAL: small_unet()}
 
 
 def training(name: str, spec: UNetSpec, seed: int, steps: int) -> Training:
@@ -87,24 +91,25 @@ def kept_bytes(spec: UNetSpec) -> int:
 # --- judging and showing ------------------------------------------------------------------------
 
 
-def times_worse(numbers: Numbers, name: str = ADD, than: str = CONCAT) -> list[float]:
+def times_worse(numbers: Numbers, name: str, than: str) -> list[float]:
     """Mean excess of one divided by that of another, seed by seed."""
     rows = (numbers["networks"][one]["excess"] for one in (name, than))
     return [mean(a) / mean(b) for a, b in zip(*rows, strict=True)]
 
 
 def judge(numbers: Numbers) -> Judgement:
-    """At equal parameters."""
-    worse, narrow = times_worse(numbers), times_worse(numbers, NARROW)
+    """At equal parameters, against the better of the two networks that concatenate."""
+    nets = numbers["networks"]
+    ends = {name: [mean(row) for row in nets[name]["excess"]] for name in (CONCAT, USUAL)}
+    better = min(ends, key=lambda name: mean(ends[name]))
+    worse, same = times_worse(numbers, ADD, better), times_worse(numbers, ADD, CONCAT)
     verdict = Verdict.HOLDS if min(worse) >= CLEAR else Verdict.DEPENDS
     verdict = Verdict.FAILS if mean(worse) <= 1.0 else verdict
-    nets = numbers["networks"]
     return Judgement(
         verdict,
-        f"Added skips give {spread(worse)} times the excess error of concatenated ones at equal"
-        f" parameters, and {spread(narrow)} times at equal widths, where they save"
-        f" {100 * (1 - nets[NARROW]['parameters'] / nets[CONCAT]['parameters']):.0f} % of the"
-        " parameters.",
+        f"Added skips give {spread(same)} times the excess error of concatenated ones in the same"
+        f" program, and {spread(worse)} times that of the better of two programs that concatenate"
+        f" ('{better}').",
     )
 
 
@@ -174,8 +179,9 @@ STUDY = Study(
         Claim(
             ("T003-11", "T000-13"),
             "Skips should be concatenated; adding them loses information.",
-            f"holds if added skips give at least {CLEAR:g} times the excess error in every seed at"
-            " equal parameters, fails if no more on average, else depends",
+            "excess error with added skips, divided by that of the better (on average) of two"
+            f" networks that concatenate: holds if at least {CLEAR:g} in every seed, fails if at"
+            " most 1 on average, else depends",
             judge,
         ),
         Claim(
@@ -189,11 +195,12 @@ STUDY = Study(
     how=f"""Fields of 16x16 pixels. Width changes in the resampling layers, so that each skip is
     as wide as the features it meets and can be added to them. Of the networks with added skips
     one has the widths of the network with concatenated skips, and one is widened to its
-    parameters, within 1 %. {STEPS} steps of {BATCH} pictures, three seeds. Memory is counted,
-    not measured.""",
+    parameters, within 1 %. The usual program, whose widths change in blocks, stands beside them
+    with 2 % fewer parameters. {STEPS} steps of {BATCH} pictures, three seeds. Memory is
+    counted, not measured.""",
     trainings=trainings,
     measure=measure,
     tables=tables,
     figure=figure,
-    caption="Error beyond the optimum, and the same divided by that of concatenated skips.",
+    caption="Error beyond the optimum, and the same divided by that of the first network.",
 )

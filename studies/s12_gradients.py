@@ -174,7 +174,18 @@ def judge_skips(numbers: Numbers) -> Judgement:
         verdict,
         f"At {DEPTHS[-1]} levels the first block's share is {before[0]} with skips and {before[1]}"
         f" without before training (quotient {spread(apart[0])}), {after[0]} and {after[1]} after"
-        f" {STEPS} steps (quotient {spread(apart[1])}).",
+        f" {STEPS} steps (quotient {spread(apart[1])}).{_remark(numbers)}",
+    )
+
+
+def _remark(numbers: Numbers) -> str:
+    """Why a network without skips has gradients too, if it has."""
+    least = min(min(row) for row in shares(numbers, CUT))
+    if least < VANISHED:
+        return ""
+    return (
+        f" Without skips it never falls below {least:.2g} before training, at any depth: every"
+        " block has a shortcut of its own."
     )
 
 
@@ -241,7 +252,7 @@ def tables(numbers: Numbers) -> list[Table]:
 
 def figure(numbers: Numbers) -> Figure:
     """Along the deepest network; by depth; plain CNNs."""
-    drawn, (along, by_depth, plains) = canvas(3, width=3.7)
+    drawn, (along, by_depth, plains) = canvas(3, width=4.2)
     curves = {f"{n}, untrained": [row[-1] for row in numbers[n]["untrained"]] for n in (SKIPS, CUT)}
     curves |= {f"{n}, trained": numbers[n]["trained"] for n in (SKIPS, CUT)}
     blocks = range(1, len(next(iter(curves.values()))[0]) + 1)
@@ -249,6 +260,9 @@ def figure(numbers: Numbers) -> Figure:
     lines(along, list(blocks), relative)
     decorate(along, "block, in order", "gradient / last block's", f"{DEPTHS[-1]} levels", "y")
     along.yaxis.set_major_locator(LogLocator(numticks=9))
+    along.set_ylim(bottom=0.3 * min(min(row) for rows in relative.values() for row in rows) ** 1.5)
+    along.set_xticks([1, 5, 10, 15, 20])
+    along.legend(loc="lower center", ncols=2, fontsize=7, frameon=False)
     lines(by_depth, DEPTHS, {name: shares(numbers, name) for name in (SKIPS, CUT)})
     decorate(by_depth, "levels", "first block / last block", "untrained U-Nets", "y")
     found = {n: [[share(one) for one in row] for row in r] for n, r in numbers["plain"].items()}

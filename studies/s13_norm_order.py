@@ -121,7 +121,7 @@ def figure(numbers: Numbers) -> Figure:
     curves = {name: one["losses"] for name, one in nets.items()}
     bins = len(curves[FIRST][0])
     lines(left, [STEPS * (i + 0.5) / bins for i in range(bins)], curves)
-    decorate(left, "training step", "loss", "the course of training", "xy")
+    decorate(left, "training step", "loss", "the course of training", "x")
     lines(right, numbers["ratio"], {name: one["excess"] for name, one in nets.items()})
     decorate(right, NOISE_AXIS, "excess error, percent", "at the end", "xy", legend=False)
     return drawn

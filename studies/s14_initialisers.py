@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from figures import NOISE_AXIS, canvas, decorate, lines
 from harness import (
+    HELD_OUT,
     LEVELS,
     Claim,
     Judgement,
@@ -16,6 +18,7 @@ from harness import (
     Table,
     Training,
     Verdict,
+    build,
     mean,
     spread,
 )
@@ -23,7 +26,7 @@ from nets import STEPS, small_unet
 from pictures import Fields
 from s13_norm_order import binned
 from undiffuse import textbook
-from undiffuse.unet import Head, UNet
+from undiffuse.unet import ConcatSkip, Head, UNet
 
 FIELDS = Fields(16, 16, torus=32)
 DEFAULT, ZEROS = "torch's default", "default and zeros"
@@ -75,14 +78,30 @@ def trainings(lab: Lab) -> list[Training]:
     return [training(name, seed, lab.steps(STEPS)) for name in KINDS for seed in lab.seeds]
 
 
+def at_last_join(lab: Lab, run: Training) -> float:
+    """Size of the features that come up, per size of the skip they meet, before training."""
+    net, sizes = build(run).eval(), list[float]()
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        up, skip = inputs
+        sizes.append(float(up.square().mean().sqrt() / skip.square().mean().sqrt()))
+
+    joins = [layer for layer in net.layers.values() if isinstance(layer, ConcatSkip)]
+    joins[-1].register_forward_pre_hook(look)
+    with torch.no_grad():
+        net(2 * FIELDS.held_out(16, HELD_OUT), torch.zeros(16), None)  # of variance 1
+    return sizes[0]
+
+
 def measure(lab: Lab) -> Numbers:
-    """Errors, the course of training, first gradient."""
+    """Errors, the course of training, and how the first features compare in size."""
     found = dict[str, Numbers]()
     for name in KINDS:
         runs = [training(name, seed, lab.steps(STEPS)) for seed in lab.seeds]
         histories = [lab.history(run) for run in runs]
         found[name] = {
             "first_loss": [one.losses[0] for one in histories],
+            "last_join": [lab.kept(at_last_join, run) for run in runs],
             "losses": [binned(one.losses) for one in histories],
             "excess": [lab.errors(run)["excess"] for run in runs],
         }
@@ -105,7 +124,10 @@ def judge(numbers: Numbers, name: str, than: str) -> Judgement:
     verdict = Verdict.FAILS if mean(better) <= 1.0 else verdict
     return Judgement(
         verdict,
-        f"'{than}' ends with {spread(better)} times the excess error of '{name}'.",
+        f"'{than}' ends with {spread(better)} times the excess error of '{name}'. Before training,"
+        " features that meet the last skip are"
+        f" {spread(numbers['starts'][than]['last_join'])} and"
+        f" {spread(numbers['starts'][name]['last_join'])} times as large as it.",
     )
 
 
@@ -114,6 +136,7 @@ def tables(numbers: Numbers) -> list[Table]:
     rows = [
         (
             name,
+            spread(one["last_join"]),
             spread(one["first_loss"]),
             spread([mean(row[: max(1, len(row) // 10)]) for row in one["losses"]]),
             spread([row[-1] for row in one["losses"]]),
@@ -121,7 +144,14 @@ def tables(numbers: Numbers) -> list[Table]:
         )
         for name, one in numbers["starts"].items()
     ]
-    header = ("start", "first loss", "first tenth", "last thirtieth", "excess error, percent")
+    header = (
+        "start",
+        "features / skip at the last join",
+        "first loss",
+        "first tenth",
+        "last thirtieth",
+        "excess error, percent",
+    )
     return [Table("Training and error", header, tuple(rows))]
 
 
@@ -132,7 +162,7 @@ def figure(numbers: Numbers) -> Figure:
     curves = {name: one["losses"] for name, one in starts.items()}
     bins = len(curves[DEFAULT][0])
     lines(left, [STEPS * (i + 0.5) / bins for i in range(bins)], curves)
-    decorate(left, "training step", "loss", "the course of training", "xy")
+    decorate(left, "training step", "loss", "the course of training", "x")
     lines(right, numbers["ratio"], {name: one["excess"] for name, one in starts.items()})
     decorate(right, NOISE_AXIS, "excess error, percent", "at the end", "xy", legend=False)
     return drawn

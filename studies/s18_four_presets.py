@@ -29,7 +29,7 @@ from harness import (
     mean,
     spread,
 )
-from nets import FIELDS, STEPS
+from nets import FIELDS
 from undiffuse import cost, recipes
 from undiffuse.config import TrainConfig
 from undiffuse.denoiser import Denoiser, KarrasPrecond, uniform_t
@@ -40,7 +40,7 @@ from undiffuse.unet import UNet
 
 GIB = 2**30
 LIMIT = 10 * GIB  # of memory that a child process may ask for
-SHRINK = 16  # base width of the trained copies
+SHRINK, STEPS = 16, 120  # by how much the trained copies are narrower, and their steps
 SLOWER, BETTER = 1.2, 0.9  # times the seconds, times the excess of the preset before
 Family = Callable[[int, int], UNetSpec]  # (base, channels) -> network
 

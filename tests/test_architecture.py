@@ -56,7 +56,7 @@ HOUSE = {
     ),
     "drawing": place(2, "spec noise images", "torch numpy matplotlib"),
     "report": place(2, "images", "matplotlib"),
-    "interop": place(2, "spec recipes unet noise denoiser", "torch safetensors jaxtyping"),
+    "interop": place(2, "spec recipes unet noise denoiser guidance", "torch safetensors jaxtyping"),
     "probe": place(2, "spec unet noise denoiser", "torch jaxtyping"),
 }
 BELOW_RUNS = " ".join(HOUSE)
@@ -69,9 +69,9 @@ HOUSE["__init__"] = place(4, f"{BELOW_RUNS} runs")
 # Outside packages that one module may use inside a single function, and why.
 EXTRAS = {
     ("runs", "torch.utils.tensorboard"): "an optional tracker, imported when asked for",
-    ("interop", "onnx"): "the extra `onnx`: writes a graph, and checks its form",
-    ("interop", "onnxscript"): "likewise: torch's exporter needs it",
+    ("interop", "onnx"): "the extra `onnx`: checks the form of a graph that was written",
     ("interop", "onnxruntime"): "likewise: runs the graph, to compare it with the network",
+    ("interop", "diffusers"): "the extra `diffusers`: runs what was written for it, likewise",
 }
 
 # Functions that may seed torch's global generator without forking it, and why.

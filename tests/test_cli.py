@@ -24,7 +24,10 @@ from undiffuse.cli._parser import FOREIGN, parse_arguments
 from undiffuse.config import SampleConfig
 from undiffuse.errors import ConfigError
 
-COMMANDS = ("demo", "train", "sample", "denoise", "evaluate", "describe", "report", "env")
+COMMANDS = (
+    *("demo", "train", "sample", "denoise", "evaluate", "describe"),
+    *("import", "export", "report", "env"),
+)
 QUICK = "--num-inference-steps 2"
 SRC = Path(undiffuse.__file__).parent.parent
 

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,8 +47,13 @@ def nets(key: str, **excess: tuple[float, ...]) -> Numbers:
 
 
 def joined(add: tuple[float, float], kept: tuple[int, int] = (80, 80)) -> Numbers:
-    sizes = {s09.CONCAT: 100, s09.ADD: kept[0], s09.NARROW: kept[1]}
-    excess = {s09.CONCAT: (10.0, 10.0), s09.ADD: add, s09.NARROW: (12.0, 12.0)}
+    sizes = {s09.CONCAT: 100, s09.ADD: kept[0], s09.NARROW: kept[1], s09.USUAL: 90}
+    excess = {
+        s09.CONCAT: (10.0, 10.0),
+        s09.ADD: add,
+        s09.NARROW: (12.0, 12.0),
+        s09.USUAL: (11.0, 11.0),
+    }
     found = nets("networks", **excess)
     for name, one in found["networks"].items():
         one |= {"kept_bytes": sizes[name], "parameters": 100}
@@ -102,7 +106,10 @@ def orders(last: tuple[float, float]) -> Numbers:
 
 
 def starts(default: tuple[float, float]) -> Numbers:
-    return nets("starts", **{s14.DEFAULT: default, s14.TEXT: (10.0, 10.0)})
+    found = nets("starts", **{s14.DEFAULT: default, s14.TEXT: (10.0, 10.0)})
+    for one in found["starts"].values():
+        one["last_join"] = [1.0, 1.0]
+    return found
 
 
 def texts(*ends: tuple[float, float], adds: tuple[int, ...] = (1, 2, 3, 4)) -> Numbers:

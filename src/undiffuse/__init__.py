@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         evaluation,
         guidance,
         images,
+        interop,
         noise,
         oracles,
         recipes,
@@ -31,13 +32,21 @@ if TYPE_CHECKING:
         runtime,
         sampling,
         spec,
+        textbook,
         training,
         unet,
     )
     from undiffuse.checkpoint import Model
     from undiffuse.denoiser import Denoiser
     from undiffuse.recipes import preset
-    from undiffuse.runs import fit, generate, list_models, load
+    from undiffuse.runs import (
+        export_model,
+        fit,
+        generate,
+        import_model,
+        list_models,
+        load,
+    )
     from undiffuse.spec import UNetSpec
     from undiffuse.training import train
     from undiffuse.unet import UNet
@@ -57,10 +66,13 @@ __all__ = [
     "drawing",
     "errors",
     "evaluation",
+    "export_model",
     "fit",
     "generate",
     "guidance",
     "images",
+    "import_model",
+    "interop",
     "list_models",
     "load",
     "noise",
@@ -72,6 +84,7 @@ __all__ = [
     "runtime",
     "sampling",
     "spec",
+    "textbook",
     "train",
     "training",
     "unet",
@@ -83,8 +96,10 @@ _HOMES = {
     "Model": "checkpoint",
     "UNet": "unet",
     "UNetSpec": "spec",
+    "export_model": "runs",
     "fit": "runs",
     "generate": "runs",
+    "import_model": "runs",
     "list_models": "runs",
     "load": "runs",
     "preset": "recipes",

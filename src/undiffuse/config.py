@@ -76,6 +76,33 @@ class Weights(StrEnum):
     RAW = "raw"
 
 
+class ForeignFormat(StrEnum):
+    """Whose weights are read."""
+
+    AUTO = "auto"
+    DIFFUSERS = "diffusers"
+    OPENAI = "openai"
+    LUCIDRAINS = "denoising-diffusion-pytorch"
+    EDM = "edm"
+
+
+class ExportFormat(StrEnum):
+    """What a model is written as."""
+
+    DIFFUSERS = "diffusers"
+    ONNX = "onnx"
+    PT2 = "pt2"
+    OPENAI = "openai"
+    LUCIDRAINS = "denoising-diffusion-pytorch"
+
+
+class ForeignSchedule(StrEnum):
+    """The noise schedules of OpenAI's programs, under their names."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
 def option(default: Any, help: str, at_least: float | None = None, **limits: Any) -> Any:
     """A field with its help line and its legal range (`at_least`, `below`, `at_most`, `above`)."""
     bounds = dict(limits) if at_least is None else {"at_least": at_least, **limits}
@@ -229,6 +256,42 @@ class SampleConfig(Checked):
     class_label: tuple[str, ...] = option((), "class names or numbers (default: all in turn)")
     seed: int = option(0, "picture n depends on (seed, n) alone", 0, below=2**63)
     batch_size: int = option(64, "pictures computed at once; does not change them", 1)
+
+
+@dataclass(frozen=True)
+class ImportConfig(Checked):
+    """What comes in, and what its file does not say."""
+
+    format: ForeignFormat = option(ForeignFormat.AUTO, "whose network it is")
+    weights: Weights = option(Weights.EMA, "which, where the file holds averaged and raw ones")
+    resolution: tuple[int, int] | None = option(
+        None, "N or HxW of the pictures in pixels (default: as the file says)"
+    )
+    like: str | None = option(
+        None, "openai: what is left out is as in this published network, such as adm-64"
+    )
+    num_heads: int | None = option(None, "openai: heads of each attention", 1)
+    num_head_channels: int | None = option(None, "openai, edm: channels of each head", 1)
+    use_new_attention_order: bool | None = option(None, "openai: the flag of that name")
+    noise_schedule: ForeignSchedule | None = option(None, "openai: in training")
+    num_train_timesteps: int | None = option(None, "openai: their diffusion_steps", 2)
+    rescale_timesteps: bool | None = option(None, "openai: the flag of that name")
+    predict_xstart: bool | None = option(None, "openai: the flag of that name")
+    force: bool = option(False, "replace the file that is there")
+
+
+@dataclass(frozen=True)
+class ExportConfig(Checked):
+    """What goes out."""
+
+    format: ExportFormat | None = option(
+        None, "as what (default: by the ending of --output, else diffusers)"
+    )
+    check: bool = option(True, "run it where it will be used and compare the outputs")
+    pipeline: bool | None = option(
+        None, "diffusers: for DDPMPipeline.from_pretrained (default: where that can run it)"
+    )
+    force: bool = option(False, "replace the file that is there")
 
 
 @dataclass(frozen=True)

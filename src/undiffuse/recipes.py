@@ -103,7 +103,8 @@ def ddpm_family(
         lambda _: (Down(Downsampling.CONV_END),),
         lambda _: (Up(),),
     )
-    embedding = _embedding(base, half_minus_one=True)
+    # diffusers' rounding, in which all of DDPM's weights that are handed around are used
+    embedding = replace(_embedding(base, half_minus_one=True), divide_last=True)
     return UNetSpec(
         channels, channels, program, Style(eps=1e-6, dropout=dropout, embedding=embedding)
     )
@@ -324,13 +325,13 @@ def naive(channels: int = 3, hidden_dim: int = 64) -> UNetSpec:
 
 
 def tiny(channels: int = 3) -> UNetSpec:
-    """DDPM's network at a quarter of the width and fewer blocks, in groups of four channels.
+    """DDPM's network at a quarter of the width and fewer blocks, its norms in eight groups.
 
     A norm over a group of one channel takes away what the timestep adds to that channel; blocks
     of 32 channels in 32 groups would never hear it.
     """
     spec = ddpm_family(32, (1, 2, 2), 1, (1, 2), channels)
-    return replace(spec, style=replace(spec.style, group_width=4))
+    return replace(spec, style=replace(spec.style, groups=8))
 
 
 # --- presets ------------------------------------------------------------------------------------

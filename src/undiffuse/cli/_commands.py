@@ -40,6 +40,18 @@ def describe(arguments: Arguments, out: Output) -> int:
     return _describe.describe(arguments, out)
 
 
+def import_(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _exchange
+
+    return _exchange.import_(arguments, out)
+
+
+def export(arguments: Arguments, out: Output) -> int:
+    from undiffuse.cli import _exchange
+
+    return _exchange.export(arguments, out)
+
+
 def report(arguments: Arguments, out: Output) -> int:
     from undiffuse.cli import _about
 

@@ -53,6 +53,7 @@ FOREIGN = {
 FOREIGN_COMMANDS = {
     "eval": "evaluate",
     "fit": "train",
+    "convert": "import",
     "generate": "sample",
     "help": "--help",
     "info": "describe",
@@ -354,6 +355,29 @@ def _add_describe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", metavar="PATH", help="a folder of diffusers, or a .safetensors, .pt or .bin file"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="(default: runs/NAME/model.safetensors)"
+    )
+    _add_section(parser, config.ImportConfig)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder or a model file")
+    parser.add_argument("--weights", metavar="ema|raw", help="(default: ema)")
+    parser.add_argument("--checkpoint", metavar="STEP", help="of this step, not the finished model")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="a folder for diffusers, else a file (default: in RUN)",
+    )
+    _add_section(parser, config.ExportConfig)
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--output", metavar="FILE", help="(default: RUN/report.html)")
@@ -395,6 +419,18 @@ _COMMANDS = {
         "[TARGET] ",
         "show a network op by op, a run, or a folder of pictures",
         _add_describe,
+    ),
+    "import": _Command(
+        commands.import_,
+        "PATH ",
+        "turn weights of another project into a model file",
+        _add_import,
+    ),
+    "export": _Command(
+        commands.export,
+        "RUN ",
+        "write a model for diffusers, ONNX Runtime or torch.export",
+        _add_export,
     ),
     "report": _Command(commands.report, "RUN ", "write a run's report.html", _add_report),
     "env": _Command(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.denoiser import Prediction
-from undiffuse.errors import ConfigError
+from undiffuse.errors import CheckpointError, ConfigError, SpecError
 from undiffuse.interop._diffusers_json import Config, Fields, Legal
 from undiffuse.interop._diffusers_schedulers import meaning_of, scheduler_config
 from undiffuse.interop._weights import (
@@ -198,7 +198,7 @@ _PADDINGS: Legal[Downsampling] = {
     0: Downsampling.CONV_END,
 }
 
-# (without attention and resampling by convolution, by a residual block), with attention
+# Without attention, resampling by a convolution or by a residual block; and with attention.
 _DOWN_TYPES = ("DownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D")
 _UP_TYPES = ("UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D")
 
@@ -269,7 +269,10 @@ def _spec(fields: Fields) -> UNetSpec:
     if made not in (channels, 2 * channels):
         can = f"in_channels, {channels}, or {2 * channels} with a learned variance"
         raise fields.refusal("out_channels", made, can)
-    return UNetSpec(channels, made, _program(layout), _style(fields, layout.widths))
+    try:
+        return UNetSpec(channels, made, _program(layout), _style(fields, layout.widths))
+    except SpecError as error:
+        raise CheckpointError(f"{UNET}: {error}") from error
 
 
 def _style(fields: Fields, widths: tuple[int, ...]) -> Style:
@@ -317,7 +320,7 @@ def _layout(fields: Fields) -> _Layout:
     middle = _middle(fields)
     layout = _Layout(
         widths=widths,
-        layers=fields.whole("layers_per_block", 2),
+        layers=fields.whole("layers_per_block", 2, most=64),
         down=tuple(_block(fields, "down_block_types", t, _DOWN_TYPES, change_down) for t in downs),
         up=tuple(_block(fields, "up_block_types", t, _UP_TYPES, change_up) for t in ups),
         by=fields.one_of("downsample_padding", 1, _PADDINGS),
@@ -562,7 +565,7 @@ def _unet_config(spec: UNetSpec, layout: _Layout) -> dict[str, object]:
             groups if with_norm and style.inject is Inject.SCALE_SHIFT else None
         ),
         "norm_eps": style.eps,
-        "resnet_time_scale_shift": ("default" if style.inject is Inject.ADD else "scale_shift"),
+        "resnet_time_scale_shift": "default" if style.inject is Inject.ADD else "scale_shift",
         "add_attention": layout.middle is not _Middle.PLAIN,
         "class_embed_type": None,
         "num_class_embeds": embedding.classes + embedding.null or None,
@@ -712,6 +715,8 @@ def _check_op(site: Site) -> None:
             wrong = f"memory {memory}; UNet2DModel has no learned keys and values"
         case Attn(bias=False):
             wrong = "bias False; UNet2DModel has biases in query, key and value"
+        case Attn(head_width=each) if each is not None and each > site.in_width:
+            wrong = f"head_width {each}; UNet2DModel has at most the {site.in_width} channels there"
         case Down(by) if by not in (Downsampling.CONV, Downsampling.CONV_END):
             wrong = f"by {by}; UNet2DModel has {Downsampling.CONV} or {Downsampling.CONV_END}"
         case Up(by) if by is not Up().by:
@@ -729,12 +734,12 @@ def _check_levels(down: Sequence[_Level], up: Sequence[_Level]) -> None:
                 " UNet2DModel has one layers_per_block"
             )
     for name, levels in (("downsample_type", down), ("upsample_type", up)):
-        found = {level.kind.change for level in levels[:-1] if level.kind.attention}
-        if len(found) > 1:
-            raise ConfigError(
-                "levels with attention resample by a convolution and by a Res; UNet2DModel has one"
-                f" {name} for them"
-            )
+        for one, level in pairwise(level for level in levels[:-1] if level.kind.attention):
+            if one.kind.change is not level.kind.change:
+                raise ConfigError(
+                    f"ops from {one.first} and from {level.first}, two levels with attention, end"
+                    f" in {one.kind.change} and {level.kind.change}; UNet2DModel has one {name}"
+                )
 
 
 def _check_program(sites: Sequence[Site], theirs: Program) -> None:
@@ -775,9 +780,9 @@ def _check_style(spec: UNetSpec, layout: _Layout) -> None:
 
 def _one_group_count(spec: UNetSpec) -> int:
     """The groups of every norm, of which theirs has one number."""
-    normed = (s for s in trace(spec) if isinstance(s.op, Res | Attn | Out))
-    widths = {w for s in normed for w in (s.in_width, s.out_width) if not isinstance(s.op, Out)}
-    widths.add(next(s.in_width for s in trace(spec) if isinstance(s.op, Out)))
+    sites = list(trace(spec))
+    widths = {site.in_width for site in sites if isinstance(site.op, Res | Attn | Out)}
+    widths |= {site.out_width for site in sites if isinstance(site.op, Res)}
     counts = {groups_of(width, spec.style): width for width in sorted(widths)}
     if len(counts) > 1:
         shown = " and ".join(f"{groups} for {width} channels" for groups, width in counts.items())

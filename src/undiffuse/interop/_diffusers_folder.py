@@ -227,9 +227,11 @@ def _read_files(model: Path, read_tensors: ReadTensors) -> Tensors:
 
 def _read_shards(path: Path, read_tensors: ReadTensors) -> Tensors:
     found, places = dict[str, Tensor](), _weight_map(path)
-    for file in sorted(set(places.values())):
-        if not (path.parent / file).exists():
+    files = sorted(set(places.values()))
+    for file in files:
+        if not (path.parent / file).is_file():
             raise CheckpointError(f"{path.parent / file} is missing, which {path.name} names")
+    for file in files:
         shard = read_tensors(path.parent / file)
         for name, tensor in shard.items():
             if places.get(name) != file:
@@ -247,6 +249,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path}: weight_map must be an object; got {SHORT.repr(places)}")
     for file in cast(dict[str, object], places).values():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+        plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
+        if not plain or file in ("", ".."):
             raise CheckpointError(f"{path}: {SHORT.repr(file)} is no name of a file beside it")
     return cast(dict[str, str], places)

@@ -17,6 +17,7 @@ T = TypeVar("T")
 Config = Mapping[str, object]  # a parsed JSON object
 Legal = Mapping[str | int | None, T]  # each value that is expressed, and what it means
 
+MAX_LEVELS = 16  # the smallest features are then 2^15 times smaller than the picture
 MAX_JSON = 2**24  # bytes; a shard index of the largest networks has a few MiB
 
 SHORT = Repr()
@@ -39,10 +40,10 @@ class Fields:
         shown = SHORT.repr(value)
         return CheckpointError(f"{self.what}: {name}={shown} cannot be expressed (only {can})")
 
-    def whole(self, name: str, default: int, least: int = 1) -> int:
+    def whole(self, name: str, default: int, least: int = 1, most: int = 2**24) -> int:
         value = self.values.get(name, default)
-        if type(value) is not int or value < least:
-            raise self.refusal(name, value, f"a whole number of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.refusal(name, value, f"a whole number from {least} to {most}")
         return value
 
     def whole_or_none(self, name: str, default: int | None) -> int | None:
@@ -65,7 +66,7 @@ class Fields:
     def one_of(self, name: str, default: object, legal: Legal[T]) -> T:
         """What `legal` has for the value."""
         value = self.values.get(name, default)
-        if not isinstance(value, str | int | None) or value not in legal:
+        if not isinstance(value, str | int | None) or isinstance(value, bool) or value not in legal:
             raise self.refusal(name, value, " or ".join(repr(one) for one in legal))
         return legal[value]
 
@@ -77,8 +78,8 @@ class Fields:
 
     def sequence(self, name: str, default: Sequence[object]) -> Sequence[object]:
         value = self.values.get(name, default)
-        if not isinstance(value, list | tuple) or not value:
-            raise self.refusal(name, value, "a list")
+        if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_LEVELS:
+            raise self.refusal(name, value, f"a list of 1 to {MAX_LEVELS}")
         return cast(Sequence[object], value)
 
     def check_known(self, known: str) -> None:

@@ -8,7 +8,7 @@ here has to be told something to give the same pictures, a note says so.
 from collections.abc import Callable, Iterator, Mapping
 
 from undiffuse.denoiser import Epsilon, FlowVelocity, KarrasPrecond, Prediction, Sample, Velocity
-from undiffuse.errors import ConfigError
+from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.interop._diffusers_json import SHORT, Config, Fields, Legal
 from undiffuse.noise import Cosine, Flow, Karras, LinearBetas, ScaledLinearBetas, Schedule
 
@@ -47,31 +47,39 @@ _SAMPLING = """
     use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type
 """
 _BETA_FIELDS = """
-    beta_end beta_schedule beta_start num_train_timesteps prediction_type rescale_betas_zero_snr
-    timestep_type trained_betas use_flow_sigmas
+    beta_end beta_schedule beta_start num_train_timesteps predict_epsilon prediction_type
+    rescale_betas_zero_snr timestep_type trained_betas use_flow_sigmas
 """
 
 
 def meaning_of(scheduler: Config | None) -> Meaning:
-    """Schedule, prediction and notes."""
+    """Schedule, prediction and notes.
+
+    Raises:
+        CheckpointError: the scheduler, a field of it or its value cannot be expressed.
+    """
     if scheduler is None:
         note = "no scheduler is given: DDPM's linear schedule of 1000 steps and epsilon are assumed"
         return LinearBetas(), Epsilon(), (note,)
     every = (*_BETA_SCHEDULERS, *_EDM_SCHEDULERS, *_FLOW_SCHEDULERS)
     kind = Fields("diffusers scheduler", scheduler).check_class(every)
     fields = Fields(f"diffusers {kind}", scheduler)
-    if kind in _EDM_SCHEDULERS:
-        return _edm_meaning(fields)
-    return _flow_meaning(fields) if kind in _FLOW_SCHEDULERS else _beta_meaning(fields, kind)
+    try:
+        if kind in _EDM_SCHEDULERS:
+            return _edm_meaning(fields)
+        return _flow_meaning(fields) if kind in _FLOW_SCHEDULERS else _beta_meaning(fields, kind)
+    except ConfigError as error:  # a schedule of ours with such numbers
+        raise CheckpointError(f"diffusers {kind}: {error}") from error
 
 
 def _beta_meaning(fields: Fields, kind: str) -> Meaning:
     fields.check_known(_BETA_FIELDS + _SAMPLING)
     fields.only("trained_betas", None)
+    fields.only("predict_epsilon", True)  # before prediction_type
     fields.only("rescale_betas_zero_snr", False)
     fields.only("use_flow_sigmas", False)
     fields.only("timestep_type", "discrete")
-    steps = fields.whole("num_train_timesteps", 1000, least=2)
+    steps = fields.whole("num_train_timesteps", 1000, least=2, most=10**6)
     first, last = _BETA_SCHEDULERS[kind]
     first, last = fields.number("beta_start", first), fields.number("beta_end", last)
     make = fields.one_of("beta_schedule", "linear", _BETA_SCHEDULES)
@@ -90,7 +98,9 @@ _BETA_SCHEDULES: Legal[Callable[[int, float, float], Schedule]] = {
     "squaredcos_cap_v2": lambda steps, first, last: Cosine(steps),
 }
 
-_CLIPPING = {"DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler"}
+# They go on with the noise of the unclipped estimate unless told otherwise.
+_KEEPS_NOISE = {"DDIMScheduler", "DDIMParallelScheduler"}
+_CLIPPING = {"DDPMScheduler", "DDPMParallelScheduler", *_KEEPS_NOISE}
 
 
 def _sampling_notes(fields: Fields, kind: str) -> Iterator[str]:
@@ -100,7 +110,8 @@ def _sampling_notes(fields: Fields, kind: str) -> Iterator[str]:
         yield f"the scheduler clips to the {ratio:g} quantile (thresholding); no sampler here does"
     elif fields.flag("clip_sample", kind in _CLIPPING):
         r = fields.number("clip_sample_range", 1.0)
-        yield f"the scheduler clips the estimate of x0: sample with clipped(denoise, {-r:g}, {r:g})"
+        same = " (their use_clipped_model_output=True)" if kind in _KEEPS_NOISE else ""
+        yield f"the scheduler clips the estimate of x0: use clipped(denoise, {-r:g}, {r:g}){same}"
     variance = fields.values.get("variance_type") or "fixed_small"
     if variance != "fixed_small":
         yield (

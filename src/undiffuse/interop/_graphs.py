@@ -5,22 +5,22 @@ levels, preconditioning and sampling stay with whoever runs it; what they have t
 file's metadata. Unless told otherwise, a graph is only kept once it has given our own outputs.
 """
 
-import copy
 import json
 import logging
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from undiffuse.errors import CheckpointError, ConfigError, ResourceError
+from undiffuse.errors import ConfigError
+from undiffuse.interop._checked import Inputs, Size, difference, inputs, placed, plain
 from undiffuse.unet import UNet
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ OPSET = 20  # of ONNX, 2023: ONNX Runtime has it since 1.17
 METADATA = "undiffuse.json"  # in a .pt2, beside the program
 ONNX_LIMIT = 1e-4  # another runtime adds in another order
 PROGRAM_LIMIT = 1e-5
-
-Run = Callable[[Sequence[Tensor]], Tensor]  # (x, timestep[, label]) -> output
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def export_onnx(
         ResourceError: the disk refused.
     """
     _need_onnx(check)
-    twin = _plain(net)
+    twin = plain(net)
     program = _program(twin, size)
     graph = _to_onnx(program, metadata or {})
 
@@ -84,7 +81,8 @@ def export_onnx(
         graph.save(file)
         return _difference_onnx(file, twin, size) if check else None
 
-    return _written(Path(path), fill, ONNX_LIMIT, _multiple(net, size))
+    files, found = placed(Path(path), fill, ONNX_LIMIT)
+    return Graph(files, found, _multiple(net, size))
 
 
 def export_program(
@@ -106,7 +104,7 @@ def export_program(
         CheckpointError: the check has failed; nothing was written.
         ResourceError: the disk refused.
     """
-    twin = _plain(net)
+    twin = plain(net)
     program = _program(twin, size)
 
     def fill(file: Path) -> float | None:
@@ -115,29 +113,21 @@ def export_program(
             torch.export.save(program, stream, extra_files=extra)
         return _difference_program(file, twin, size) if check else None
 
-    return _written(Path(path), fill, PROGRAM_LIMIT, _multiple(net, size))
+    files, found = placed(Path(path), fill, PROGRAM_LIMIT)
+    return Graph(files, found, _multiple(net, size))
 
 
 # --- making the graph ---------------------------------------------------------------------------
 
 
 def _need_onnx(check: bool) -> None:
-    try:
-        import onnx as _onnx
-        import onnxscript as _onnxscript
-
-        if check:
-            import onnxruntime as _onnxruntime
-    except ImportError as error:
+    wanted = ("onnx", "onnxscript", *(("onnxruntime",) if check else ()))
+    missing = [name for name in wanted if find_spec(name) is None]
+    if missing:
         raise ConfigError(
-            f'ONNX needs {error.name}, which is not installed: pip install "undiffuse[onnx]"'
-        ) from error
-
-
-def _plain(net: UNet) -> UNet:
-    """A copy for the CPU in float32, in evaluation mode and torch's usual memory format."""
-    twin = copy.deepcopy(net).to("cpu", torch.float32, memory_format=torch.contiguous_format)
-    return twin.eval().requires_grad_(False)
+            f"ONNX needs {' and '.join(missing)}, which is not installed:"
+            ' pip install "undiffuse[onnx]"'
+        )
 
 
 def _multiple(net: UNet, size: Size) -> int | None:
@@ -148,7 +138,7 @@ def _multiple(net: UNet, size: Size) -> int | None:
 
 
 def _program(net: UNet, size: Size) -> ExportedProgram:
-    example = _inputs(net, 2, size, 0)
+    example = inputs(net, 2, size, 0)
     with _quietly():
         program = torch.export.export(
             net, tuple(example.values()), dynamic_shapes=_shapes(net, size)
@@ -172,15 +162,15 @@ def _shapes(net: UNet, size: Size) -> dict[str, dict[int, Any]]:
 
 
 def _to_onnx(program: ExportedProgram, metadata: Mapping[str, str]) -> "ONNXProgram":
-    names = program.graph_signature.user_inputs
+    names = [str(name) for name in program.graph_signature.user_inputs]
     sides = {0: "batch", 2: "height", 3: "width"}
     with _quietly():
         graph = torch.onnx.export(
             program,
-            input_names=[str(name) for name in names],
+            input_names=names,
             output_names=["output"],
             opset_version=OPSET,
-            dynamic_shapes={"x": sides} | {str(name): {0: "batch"} for name in names[1:]},
+            dynamic_shapes={"x": sides} | {name: {0: "batch"} for name in names[1:]},
             verbose=False,
             dynamo=True,
         )
@@ -190,7 +180,7 @@ def _to_onnx(program: ExportedProgram, metadata: Mapping[str, str]) -> "ONNXProg
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _quietly() -> Generator[None]:
     """torch's exporters report on their own past and future; their errors still come through."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -204,30 +194,10 @@ def _quietly() -> Iterator[None]:
 
 # --- checking it --------------------------------------------------------------------------------
 
-# What networks are told: whole steps, ln(sigma) / 4, and numbers between.
-TIMESTEPS = (999.0, 0.0, -1.5536, 417.25, 1.0955, 31.0)
 
-
-def _inputs(net: UNet, batch: int, size: Size, first: int) -> dict[str, Tensor]:
-    """Pictures of noise, with timesteps and labels that begin elsewhere with each `first`."""
-    generator, spec = torch.Generator().manual_seed(first), net.spec
-    numbers = torch.arange(first, first + batch)
-    inputs = {
-        "x": torch.randn(batch, spec.in_channels, *size, generator=generator),
-        "timestep": torch.tensor(TIMESTEPS)[numbers % len(TIMESTEPS)],
-    }
-    if spec.classes:
-        rows = spec.classes + int(spec.style.embedding.null)
-        inputs["label"] = (rows - 1 - numbers) % rows  # "no class" is the last
-    return inputs
-
-
-def _questions(net: UNet, size: Size) -> Iterator[dict[str, Tensor]]:
-    """Inputs of one, three and two pictures; the last of another size if the graph takes it."""
-    other = (2 * net.stride, 3 * net.stride)
-    yield _inputs(net, 1, size, 0)
-    yield _inputs(net, 3, size, 1)
-    yield _inputs(net, 2, other if _multiple(net, size) is not None else size, 4)
+def _other(net: UNet, size: Size) -> Size:
+    """Another size for the check, if the graph takes one."""
+    return size if _multiple(net, size) is None else (2 * net.stride, 3 * net.stride)
 
 
 def _difference_onnx(file: Path, net: UNet, size: Size) -> float:
@@ -239,52 +209,14 @@ def _difference_onnx(file: Path, net: UNet, size: Size) -> float:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        answer = session.run(["output"], {name: value.numpy() for name, value in inputs.items()})
-        return torch.as_tensor(answer[0])
+    def run(one: Inputs) -> Tensor:
+        answer = session.run(["output"], {name: value.numpy() for name, value in one.items()})
+        return torch.as_tensor(cast("Sequence[object]", answer)[0])
 
-    return _difference(run, net, size)
+    return difference(run, net, size, _other(net, size))
 
 
 def _difference_program(file: Path, net: UNet, size: Size) -> float:
     with _quietly():
         loaded = torch.export.load(file).module()
-    return _difference(lambda inputs: loaded(*inputs.values()), net, size)
-
-
-@torch.no_grad()
-def _difference(run: Callable[[Mapping[str, Tensor]], Tensor], net: UNet, size: Size) -> float:
-    """max |a - b| / max |b|, the largest of all questions; NaN if any is."""
-    found = [_relative(run(inputs), net(*inputs.values())) for inputs in _questions(net, size)]
-    return float(torch.stack(found).max())
-
-
-def _relative(theirs: Tensor, ours: Tensor) -> Tensor:
-    if theirs.shape != ours.shape:
-        return torch.tensor(torch.inf)
-    smallest = torch.finfo(ours.dtype).tiny  # a new network answers zero
-    return (theirs - ours).abs().max() / ours.abs().max().clamp(min=smallest)
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def _written(
-    path: Path, fill: Callable[[Path], float | None], limit: float, multiple: int | None
-) -> Graph:
-    """Let `fill` write and check in a folder beside; then give the files their place."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            difference = fill(Path(folder) / path.name)
-            if difference is not None and not difference < limit:
-                raise CheckpointError(
-                    f"{path} is not written: the graph differs from the network by"
-                    f" {difference:.1e}, more than {limit:g}; use another version of torch"
-                )
-            files = sorted(Path(folder).iterdir())
-            for file in reversed(files):  # the weights first, then the graph that names them
-                file.replace(path.with_name(file.name))
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from error
-    return Graph(tuple(path.with_name(file.name) for file in files), difference, multiple)
+    return difference(lambda one: loaded(*one.values()), net, size, _other(net, size))

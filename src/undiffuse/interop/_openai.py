@@ -401,23 +401,12 @@ def _completed(
         return given.over(_published(like).options), (f"options not given are those of {like}",)
     if not _missing(given):
         return given, ()
-    names = [name for name, known in PUBLISHED.items() if known.structure == structure]
-    fitting = {name: given.over(PUBLISHED[name].options) for name in names}
-    if not fitting:
+    # Published networks of one structure differ in dropout alone, which changes no output.
+    name = next((n for n, known in PUBLISHED.items() if known.structure == structure), None)
+    if name is None:
         return given, ()
-    first = fitting[names[0]]
-    differing = [
-        f.name
-        for f in fields(first)
-        if f.name != "dropout"  # says nothing about what comes out
-        and any(getattr(first, f.name) != getattr(one, f.name) for one in fitting.values())
-    ]
-    if differing:
-        raise ConfigError(
-            f"the file fits {' and '.join(names)}, which differ in {', '.join(differing)}:"
-            f" say like={names[0]!r} or another of them"
-        )
-    return first, (f"it has the structure of {names[0]}, so {_shown(first)} are assumed",)
+    options = given.over(PUBLISHED[name].options)
+    return options, (f"it has the structure of {name}, so {_shown(options)} are assumed",)
 
 
 def _published(name: str) -> Published:

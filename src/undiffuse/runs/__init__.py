@@ -7,6 +7,14 @@ The four-line road in Python and the command line both stand on these functions:
 """
 
 from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, sample_count
+from undiffuse.runs._exchange import (
+    ExportedModel,
+    ImportedModel,
+    check_free,
+    export_model,
+    format_of,
+    import_model,
+)
 from undiffuse.runs._folder import RunFolder, check_writable, stored_config
 from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
 from undiffuse.runs._load import list_models, load, missing_run
@@ -31,7 +39,9 @@ __all__ = [
     "EvaluateOptions",
     "Evaluated",
     "Event",
+    "ExportedModel",
     "Finished",
+    "ImportedModel",
     "Note",
     "Plan",
     "Planned",
@@ -41,11 +51,15 @@ __all__ = [
     "Saved",
     "Stopped",
     "Validated",
+    "check_free",
     "check_writable",
     "evaluate_run",
+    "export_model",
     "film",
     "fit",
+    "format_of",
     "generate",
+    "import_model",
     "labels_in_turn",
     "list_models",
     "load",
