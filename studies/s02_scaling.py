@@ -322,9 +322,8 @@ def _points(one: Numbers) -> list[float]:
 
 
 def _claim(says: str, name: str, low: float, high: float) -> Claim:
-    rule = (
-        f"holds if the factor is between {low:g} and {high:g}, give or take {NEAR:.0%}, else fails"
-    )
+    wanted = f"{low:g}" if low == high else f"between {low:g} and {high:g}"
+    rule = f"holds if the factor is {wanted}, give or take {NEAR:.0%}, else fails"
     return Claim(("T001-17",), says, rule, partial(judge_factor, name=name, low=low, high=high))
 
 

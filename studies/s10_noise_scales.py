@@ -254,7 +254,7 @@ STUDY = Study(
     title="Scales of noise and scales of pictures",
     claims=(
         Claim(
-            ("T003-12",),
+            ("T003-5", "T003-12"),
             "Each of five resolutions has a noise scale of its own.",
             "the noise level at which a resolution's signal-to-noise ratio is 1, from fine to"
             f" coarse, on fields and photographs: holds if it grows by at least {NEAR:g} times each"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -383,10 +384,6 @@ def test_page_comes_out_the_same(quick: Path, tmp_path: Path) -> None:
     assert len(first) == 3
 
 
-COMMITTED = sorted((STUDIES / "results").glob("s*.json"))
-
-
-@pytest.mark.skipif(not COMMITTED, reason="no results yet")
 def test_committed_page_is_that_of_the_committed_results(tmp_path: Path) -> None:
     now = drawn(STUDIES / "results", tmp_path)
     docs = ROOT / "docs"
@@ -396,9 +393,64 @@ def test_committed_page_is_that_of_the_committed_results(tmp_path: Path) -> None
         assert len(figure) < 150_000, name
 
 
-def test_ids_are_well_formed() -> None:
-    ids = [id_ for study in run.all_studies() for claim in study.claims for id_ in claim.ids]
-    assert all(id_[:4] in ("T000", "T001", "T002", "T003") and id_[5:].isdigit() for id_ in ids)
+# What the checklist of the four texts has, by text.
+ITEMS = {"T000": 14, "T001": 21, "T002": 20, "T003": 16}
+
+# Items that a study answers, and which; their verdicts are of the numbers, not of this table.
+ANSWERED = {
+    "T001-13": {"s01", "s18"},  # the presets' sizes, times and quality
+    "T001-15": {"s01"},  # the printed breakdown
+    "T001-16": {"s01"},  # observations on shares
+    "T001-17": {"s02", "s08"},  # the scaling table
+    "T001-18": {"s07", "s14"},  # initialisers
+    "T003-3": {"s03", "s04", "s10"},  # detail, context, doing different things
+    "T003-5": {"s06", "s10", "s11"},  # alignment, all scales, small errors
+    "T003-7": {"s03", "s04", "s12"},  # what a plain CNN cannot do
+    "T003-13": {"s05", "s10"},  # bottleneck at high noise, skips at low
+    "T003-16": {"s12"},  # the summary: see below
+}
+
+
+def answers() -> dict[str, set[str]]:
+    found = dict[str, set[str]]()
+    for study in run.all_studies():
+        for claim in study.claims:
+            for id_ in claim.ids:
+                found.setdefault(id_, set()).add(study.id)
+    return found
+
+
+@pytest.mark.parametrize("id_", ANSWERED)
+def test_items_are_answered_by_their_studies(id_: str) -> None:
+    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    found = answers()[id_]
+    missing = ANSWERED[id_] - found
+    assert not missing
+    for study in found:
+        assert re.search(
+            rf"^\| {id_} \| .*\(#{study}\) \| (holds|\*\*fails\*\*|\*depends\*) \|$", page, re.M
+        )
+
+
+def test_every_study_has_its_numbers_and_its_section() -> None:
+    """T003-16: the five claims of the summary are an index of studies; all eighteen are there."""
+    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    ids = [f"s{number:02d}" for number in range(1, 19)]
+    assert [study.id for study in run.all_studies()] == ids
+    for id_ in ids:
+        kept = json.loads((STUDIES / "results" / f"{id_}.json").read_text(encoding="utf-8"))
+        assert kept["numbers"]
+        assert f'<a id="{id_}"></a>' in page
+
+
+def test_every_item_of_the_checklist_is_in_a_test() -> None:
+    known = {f"{text}-{number}" for text, last in ITEMS.items() for number in range(1, last + 1)}
+    tests = "".join(f.read_text(encoding="utf-8") for f in Path(__file__).parent.glob("test_*.py"))
+    named = set(re.findall(r"\bT00[0-3]-\d+\b", tests))
+    for text, low, high in re.findall(r"\b(T00[0-3])-(\d+)…(\d+)", tests):
+        named |= {f"{text}-{number}" for number in range(int(low), int(high) + 1)}
+    assert known - named == set()
+    assert set(answers()) <= known
 
 
 # --- interrupting -------------------------------------------------------------------------------
