@@ -202,7 +202,7 @@ def from_openai(
         prediction=facts.prediction,
         origin="OpenAI UNetModel",
         size=(complete.image_size, complete.image_size) if complete.image_size else None,
-        notes=(*notes, *_variance_notes(structure), *widened),
+        notes=(*notes, *widened),
     )
 
 
@@ -460,15 +460,6 @@ _UP: Mapping[Resampling, Callable[[int], tuple[Op, ...]]] = {
     Resampling.POOL: lambda _: (Up(Upsampling.NEAREST),),
     Resampling.RESBLOCK: lambda width: (Res(width, Resize.UP),),
 }
-
-
-def _variance_notes(structure: Structure) -> Iterator[str]:
-    kept, made = structure.in_channels, structure.out_channels
-    if made != kept:
-        yield (
-            f"{made - kept} of the {made} output channels are a learned variance, which a Denoiser"
-            " leaves out (`mean_only`)"
-        )
 
 
 def _one_precision(weights: Tensors) -> tuple[dict[str, Tensor], tuple[str, ...]]:
