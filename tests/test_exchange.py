@@ -18,6 +18,7 @@ from torch import Tensor
 from test_interop_edm import Layout
 from undiffuse import interop, recipes, runs
 from undiffuse.checkpoint import Model, Pictures, load_model, save_model
+from undiffuse.cli import _exchange as cli_exchange
 from undiffuse.cli import main
 from undiffuse.config import ExportFormat, ImportConfig
 from undiffuse.denoiser import Denoiser, Epsilon, KarrasPrecond, Prediction, Velocity
@@ -433,6 +434,94 @@ def test_force_replaces_a_file(capsys: Capture) -> None:
     body = ask(capsys, "import folder -o other.safetensors --force")
     assert body["file"] == "other.safetensors"
     assert load_model("other.safetensors").trained["origin"] == "diffusers UNet2DModel"
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import folder -o folder/diffusion_pytorch_model.safetensors",
+        "import folder -o folder/new/model.safetensors",
+        "import other.safetensors -o ./folder/../other.safetensors",
+        "import other.safetensors -o link.safetensors",
+        "export mine.safetensors --format onnx -o mine.safetensors",
+        "export mine.safetensors --format onnx -o link-to-mine",
+        "export run --format pt2 -o run/model.safetensors",
+        "export run --format pt2 -o run/checkpoints/last/model.safetensors",
+        "export run --format diffusers -o run/checkpoints/new",
+    ],
+)
+def test_force_never_replaces_what_is_read(
+    line: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("run/checkpoints/last").mkdir(parents=True)
+    Path("run/model.safetensors").write_bytes(Path("mine.safetensors").read_bytes())
+    Path("link.safetensors").symlink_to("other.safetensors")
+    Path("link-to-mine").symlink_to("mine.safetensors")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    for reader in ("load", "import_model"):
+        monkeypatch.setattr(runs, reader, lambda *_: pytest.fail("something was read"))
+    told = ask(capsys, f"{line} --force", 2)["message"]
+    assert "which --force does not replace either" in told
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_a_run_folder_may_hold_what_is_exported(capsys: Capture) -> None:
+    Path("run").mkdir()
+    save_model("run/model.safetensors", model(small()))
+    for _ in range(2):
+        body = ask(capsys, "export run --format pt2 --no-check --force")
+        assert body["files"] == ["run/model.pt2"]
+
+
+@pytest.mark.usefixtures("files")
+def test_a_folder_is_no_output_of_import(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "import_model", lambda *_: pytest.fail("something was read"))
+    told = ask(capsys, "import folder -o empty --force", 2)["message"]
+    assert "empty is a folder; name a file" in told
+
+
+@pytest.mark.parametrize(("made", "expected"), [("my.v2", "my-v2"), ("net.v2.pt", "net-v2")])
+def test_a_run_is_called_as_what_was_imported(made: str, expected: str) -> None:
+    if made.endswith(".pt"):
+        Path(made).touch()
+    else:
+        Path(made).mkdir()
+    assert cli_exchange._default_model(Path(made)) == Path("runs", expected, "model.safetensors")
+
+
+def test_weights_beside_a_graph_are_not_lost_without_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    monkeypatch.setattr(place, 10)
+    side = Path("net.onnx.data")
+    side.write_bytes(b"of another graph")
+    with pytest.raises(ConfigError, match=r"net\.onnx\.data exists"):
+        runs.export_model(model(small()), "net.onnx")
+    assert side.read_bytes() == b"of another graph"
+    assert not Path("net.onnx").exists()
+    exported = runs.export_model(model(small()), "net.onnx", force=True)
+    assert exported.files[0] == Path("net.onnx")
+
+
+def test_every_target_is_looked_at_before_the_first_is_replaced() -> None:
+    Path("a").write_bytes(b"before")
+
+    def fill(file: Path) -> None:
+        file.write_bytes(b"new")
+        file.with_name("b").write_bytes(b"new")
+
+    with pytest.raises(ConfigError, match="a exists; name another file"):
+        interop.placed(Path("a"), fill, 1.0, force=False)
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == {"a": b"before"}
+    interop.placed(Path("a"), fill, 1.0, force=True)
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == {"a": b"new", "b": b"new"}
+
+
+def test_names_of_any_length_make_a_short_line(capsys: Capture) -> None:
+    save_file({"x" * 100_000: torch.ones(2)}, "long.safetensors")
+    told = ask(capsys, "import long.safetensors", 4)["message"]
+    assert "belong to no network" in told
+    assert len(told) < 1000
 
 
 def test_an_unknown_setting_is_named() -> None:

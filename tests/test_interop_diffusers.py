@@ -7,6 +7,7 @@ parameter is random, biases and norms included, so that two that were swapped wo
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,7 @@ from undiffuse.interop import _diffusers_folder
 from undiffuse.interop._adapter import for_diffusers
 from undiffuse.interop._diffusers import from_diffusers, to_diffusers
 from undiffuse.interop._diffusers_folder import Pipeline, read_diffusers_folder, write_diffusers
+from undiffuse.interop._diffusers_json import read_json
 from undiffuse.interop._diffusers_schedulers import _BETA_SCHEDULERS
 from undiffuse.interop._weights import Imported, mean_only
 from undiffuse.noise import (
@@ -436,6 +438,8 @@ REFUSED: list[tuple[str, object]] = [
     ("layers_per_block", [2, 2, 2, 2]),
     ("block_out_channels", [8, 16, 16]),
     ("block_out_channels", [8, 16, 16, "16"]),
+    ("block_out_channels", [8, 16, 16, 2**16 + 1]),
+    ("block_out_channels", [10**9] * 4),
     ("block_out_channels", []),
     ("block_out_channels", 8),
     ("down_block_types", [DOWN, DOWN, DOWN]),
@@ -591,6 +595,8 @@ REFUSED_SCHEDULERS: list[tuple[dict[str, Any], str]] = [
     ({"_class_name": "EDMEulerScheduler", "sigma_data": 0}, "sigma_data must be above 0"),
     ({"beta_end": "0.02"}, "beta_end='0.02'"),
     ({"something_new": 1}, "something_new=1"),
+    ({"clip_sample_range": 0}, "clip_sample_range=0"),
+    ({"clip_sample_range": -2.0}, "clip_sample_range=-2.0"),
 ]
 
 
@@ -605,8 +611,10 @@ def test_schedulers_that_are_refused(scheduler: dict[str, Any], named: str) -> N
     ("scheduler", "note"),
     [
         (None, "no scheduler is given"),
-        ({}, "clipped(denoise, -1, 1)"),
-        ({"_class_name": "DDIMScheduler"}, "(their use_clipped_model_output=True)"),
+        (
+            {"_class_name": "DDIMScheduler", "clip_sample_range": 2},
+            "(their use_clipped_model_output=True)",
+        ),
         ({"clip_sample_range": 2.5}, "clipped(denoise, -2.5, 2.5)"),
         ({"thresholding": True}, "thresholding"),
         ({"clip_sample": False, "variance_type": "fixed_large"}, "variance_type='fixed_large'"),
@@ -619,8 +627,13 @@ def test_notes_say_what_a_sampler_must_do(scheduler: dict[str, Any] | None, note
     assert note in imported.notes[0]
 
 
-def test_nothing_is_noted_where_nothing_is_left_out() -> None:
-    imported = from_diffusers(CIFAR, peer(CIFAR).state_dict(), {"clip_sample": False})
+@pytest.mark.parametrize(
+    "scheduler",
+    [{"clip_sample": False}, {}, {"_class_name": "DDIMScheduler", "clip_sample_range": 1}],
+)
+def test_nothing_is_noted_where_nothing_is_left_out(scheduler: dict[str, Any]) -> None:
+    """Clipping to [-1, 1] is what generation does here anyway."""
+    imported = from_diffusers(CIFAR, peer(CIFAR).state_dict(), scheduler)
     assert imported.notes == ()
 
 
@@ -1061,6 +1074,18 @@ def test_shards_and_variants_are_read(tmp_path: Path) -> None:
     assert (tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors").exists()
     half = read(tmp_path / "half").weights
     assert all(torch.equal(half[name], expected[name].half()) for name in expected)
+
+
+def test_a_pipe_as_configuration_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json is no ordinary file"):
+        read_json(tmp_path / "config.json")
+
+
+def test_weights_with_names_of_any_length_make_a_short_line() -> None:
+    with pytest.raises(CheckpointError, match="is in the file, but") as caught:
+        from_diffusers(CIFAR, peer(CIFAR).state_dict() | {"x" * 100_000: torch.ones(1)})
+    assert len(str(caught.value)) < 1000
 
 
 def test_torch_files_and_the_flat_layout_are_read(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError
 from undiffuse.interop import _child, _files
 from undiffuse.interop._files import Foreign, Kind, Limits, Weights, choose_weights, read_tensors
 
@@ -217,10 +217,31 @@ def test_any_first_bytes_give_a_kind_or_one_line(data: bytes) -> None:
     assert "\n" not in _files._what_else(data, data[-8:])
 
 
-def test_without_safetensors_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_files, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install safetensors"):
-        read_tensors("net.pt")
+LONG = "x" * 100_000
+
+
+def test_names_of_any_length_make_a_short_line(tmp_path: Path) -> None:
+    special = {LONG: torch.eye(2).to_sparse()}
+    told = message(saved(tmp_path, special))
+    assert "sparse" in told
+    assert len(told) < 1000
+    with pytest.raises(CheckpointError, match="in xxx") as caught:
+        choose_weights(foreign(f"{LONG}/a"), Weights.EMA)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_damaged_header_with_a_long_name_makes_a_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(safetensors({LONG: {"dtype": LONG, "shape": [1], "data_offsets": [0, 4]}}))
+    assert len(message(path)) < 1000
+
+
+@pytest.mark.parametrize("told", ["[]", "7", "null", '"refused"'])
+def test_a_result_that_is_no_object_is_refused(tmp_path: Path, told: str) -> None:
+    result = tmp_path / "result.json"
+    result.write_text(told)
+    with pytest.raises(CheckpointError, match="could not be read: what was read is no JSON object"):
+        _files._parse(tmp_path / "net.pt", result)
 
 
 def test_a_name_that_would_break_the_line_is_quoted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from undiffuse import cost, runs
@@ -11,6 +12,7 @@ from undiffuse.cli._options import Given, checkpoint, weights
 from undiffuse.cli._output import Output
 from undiffuse.cli._train import say_next
 from undiffuse.config import Device, ExportConfig, ExportFormat, ImportConfig
+from undiffuse.errors import ConfigError
 
 NAMES = {
     ExportFormat.DIFFUSERS: "diffusers",
@@ -27,7 +29,10 @@ def import_(arguments: Arguments, out: Output) -> int:
     config = arguments.section(ImportConfig())
     source = Path(given["path"])
     path = Path(given["output"]) if "output" in given else _default_model(source)
+    _check_apart(path, (source,))
     runs.check_free(path, config.force)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file, such as {path / 'model.safetensors'}")
     runs.check_writable(path.parent)
     imported = runs.import_model(source, config)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +45,24 @@ def import_(arguments: Arguments, out: Output) -> int:
 
 def _default_model(source: Path) -> Path:
     """A run folder of its own, under the name of the source."""
-    name = re.sub(r"[^\w-]+", "-", source.resolve().stem).strip("-") or "imported"
+    place = source.resolve()
+    own = place.name if place.is_dir() else place.stem  # the dot of my.v2/ begins no ending
+    name = re.sub(r"[^\w-]+", "-", own).strip("-") or "imported"
     return Path("runs") / name / "model.safetensors"
+
+
+def _check_apart(path: Path, sources: Iterable[Path]) -> None:
+    """What is read is never written over, not even with --force."""
+    for source in sources:
+        if _is_same(path, source) or path.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(
+                f"{path} is, or lies in, what is read ({source}), which --force does not replace"
+                " either; name another place with -o"
+            )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _say_model(model: Model, path: Path, out: Output) -> None:
@@ -71,6 +92,7 @@ def export(arguments: Arguments, out: Output) -> int:
     given = arguments.given
     config = arguments.section(ExportConfig())
     path = _output(given, config)
+    _check_apart(path, _loaded_from(Path(given["run"])))
     runs.check_free(path, config.force)
     model = runs.load(given["run"], weights(given), checkpoint(given), Device.CPU)
     exported = runs.export_model(model, path, config)
@@ -86,6 +108,11 @@ def export(arguments: Arguments, out: Output) -> int:
         difference=exported.difference,
     )
     return 0
+
+
+def _loaded_from(run: Path) -> tuple[Path, ...]:
+    """Where a model may be read; the rest of a run folder may hold what is exported."""
+    return (run / "model.safetensors", run / "checkpoints") if run.is_dir() else (run,)
 
 
 def _output(given: Given, config: ExportConfig) -> Path:

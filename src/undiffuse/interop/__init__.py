@@ -23,6 +23,7 @@ from undiffuse.interop._openai import (
     to_openai,
 )
 from undiffuse.interop._weights import Imported, mean_only
+from undiffuse.interop._words import short
 
 __all__ = [
     "PUBLISHED",
@@ -52,6 +53,7 @@ __all__ = [
     "plain",
     "read_diffusers_folder",
     "read_tensors",
+    "short",
     "to_diffusers",
     "to_lucidrains",
     "to_openai",

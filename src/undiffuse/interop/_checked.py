@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -88,13 +88,19 @@ def difference_diffusers(folder: Path, net: UNet, size: Size) -> float:
     return difference(run, net, size, size)
 
 
-def placed(path: Path, fill: Fill, limit: float) -> tuple[tuple[Path, ...], float | None]:
+def placed(
+    path: Path, fill: Fill, limit: float, force: bool = True
+) -> tuple[tuple[Path, ...], float | None]:
     """Let `fill` write and check in a folder beside; then give what it wrote its place.
+
+    Args:
+        force: whether files that exist already are replaced.
 
     Returns:
         The files, or the folder, that were written, and what `fill` found.
 
     Raises:
+        ConfigError: without `force`, one of the files exists; nothing was put in its place.
         CheckpointError: `fill` found `limit` or more; nothing was put in its place.
         ResourceError: the disk refused.
     """
@@ -108,6 +114,8 @@ def placed(path: Path, fill: Fill, limit: float) -> tuple[tuple[Path, ...], floa
                     f" of their size, and {limit:g} is allowed; report it, or pass --no-check"
                 )
             files = sorted(Path(folder).iterdir())
+            if not force:
+                _check_absent(path.with_name(file.name) for file in files)
             for file in reversed(files):  # the weights first, then the graph that names them
                 file.replace(path.with_name(file.name))
     except OSError as error:
@@ -115,10 +123,22 @@ def placed(path: Path, fill: Fill, limit: float) -> tuple[tuple[Path, ...], floa
     return tuple(path.with_name(file.name) for file in files), found
 
 
-def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
+def _check_absent(targets: Iterable[Path]) -> None:
+    for target in targets:
+        if target.is_file():
+            raise ConfigError(
+                f"{target} exists; name another file, or pass --force to replace a file"
+            )
+
+
+def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor], force: bool = True) -> Path:
     """Tensors as one safetensors file, whole or not at all.
 
+    Args:
+        force: whether a file that exists already is replaced.
+
     Raises:
+        ConfigError: without `force`, the file exists.
         ResourceError: the disk refused.
     """
     apart = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
@@ -126,5 +146,5 @@ def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
     def fill(file: Path) -> None:
         save_file(apart, file, metadata={"format": "pt"})
 
-    (written,), _ = placed(Path(path), fill, 0.0)
+    (written,), _ = placed(Path(path), fill, 0.0, force)
     return written

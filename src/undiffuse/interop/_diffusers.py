@@ -59,6 +59,7 @@ from undiffuse.spec import (
 from undiffuse.unet import TimestepEmbedding
 
 UNET = "diffusers UNet2DModel"
+MAX_WIDTH = 2**16  # channels; products of such widths can still be counted in 64 bits
 
 # --- their network ------------------------------------------------------------------------------
 
@@ -335,8 +336,9 @@ def _layout(fields: Fields) -> _Layout:
 def _widths(fields: Fields) -> Iterator[int]:
     widths = fields.sequence("block_out_channels", (224, 448, 672, 896))
     for width in widths:
-        if type(width) is not int or width < 1:
-            raise fields.refusal("block_out_channels", list(widths), "whole numbers of at least 1")
+        if type(width) is not int or not 1 <= width <= MAX_WIDTH:
+            can = f"whole numbers from 1 to {MAX_WIDTH}"
+            raise fields.refusal("block_out_channels", list(widths), can)
         yield width
 
 

@@ -109,6 +109,8 @@ class Fields:
 
 def read_json(path: Path) -> dict[str, object]:
     """One JSON object. diffusers itself writes Infinity into schedulers; `number` refuses it."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise CheckpointError(f"{path} is no ordinary file; it must hold a JSON object")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)

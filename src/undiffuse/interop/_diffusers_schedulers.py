@@ -109,14 +109,24 @@ def _sampling_notes(fields: Fields, kind: str) -> Iterator[str]:
         ratio = fields.number("dynamic_thresholding_ratio", 0.995)
         yield f"the scheduler clips to the {ratio:g} quantile (thresholding); no sampler here does"
     elif fields.flag("clip_sample", kind in _CLIPPING):
-        r = fields.number("clip_sample_range", 1.0)
-        same = " (their use_clipped_model_output=True)" if kind in _KEEPS_NOISE else ""
-        yield f"the scheduler clips the estimate of x0: use clipped(denoise, {-r:g}, {r:g}){same}"
+        yield from _clipping_notes(fields, kind)
     variance = fields.values.get("variance_type") or "fixed_small"
     if variance != "fixed_small":
         yield (
             f"the scheduler samples with variance_type={SHORT.repr(variance)}; `ddpm` here has the"
             " variance of the posterior (fixed_small)"
+        )
+
+
+def _clipping_notes(fields: Fields, kind: str) -> Iterator[str]:
+    r = fields.number("clip_sample_range", 1.0)
+    if r <= 0:
+        raise fields.refusal("clip_sample_range", r, "a number above 0")
+    if r != 1:  # which is what pictures are always clipped to here
+        same = " (their use_clipped_model_output=True)" if kind in _KEEPS_NOISE else ""
+        yield (
+            f"the scheduler clips the estimate of x0 to [{-r:g}, {r:g}], pictures generated here"
+            f" are clipped to [-1, 1]; a sampler can be given clipped(denoise, {-r:g}, {r:g}){same}"
         )
 
 

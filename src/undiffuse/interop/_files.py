@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -23,7 +22,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError
+from undiffuse.interop._words import short
 
 Number = int | float | bool | str
 
@@ -87,10 +87,7 @@ def read_tensors(path: str | Path, limits: Limits | None = None) -> Foreign:
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, asks for code to be run,
             or costs more than `limits`.
-        ConfigError: the safetensors package is not installed.
     """
-    if find_spec("safetensors") is None:
-        raise ConfigError("foreign weights need safetensors >= 0.8: pip install safetensors")
     path = Path(path)
     kind = kind_of(path)
     if kind is Kind.SAFETENSORS:
@@ -200,7 +197,9 @@ def _read_safetensors(path: Path, named: Path) -> tuple[dict[str, Tensor], dict[
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, LookupError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _refusal(named, f"is a damaged or incomplete safetensors file: {why}") from error
+        raise _refusal(
+            named, f"is a damaged or incomplete safetensors file: {short(why, MAX_REASON)}"
+        ) from error
 
 
 # --- torch, in a process of its own -------------------------------------------------------------
@@ -214,6 +213,7 @@ START = (
 
 KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LC_CTYPE")
 
+MAX_REASON = 400  # characters of a foreign reason, which may hold names of any length
 MAX_RESULT = 2**28  # bytes of JSON: a million names
 
 
@@ -297,7 +297,7 @@ def _ended(code: int | None, folder: Path, limits: Limits) -> str:
         file.seek(max(0, (folder / "stderr").stat().st_size - 2000))
         lines = file.read().decode("utf-8", "replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")
-    return f"could not be read: {last}"
+    return f"could not be read: {short(last, MAX_REASON)}"
 
 
 _SIGKILL, _SIGXCPU = 9, 24  # Windows has no such names
@@ -308,11 +308,14 @@ def _parse(path: Path, result: Path) -> tuple[list[str], dict[str, Number]]:
     if result.stat().st_size > MAX_RESULT:
         raise _refusal(path, f"holds names and numbers of more than {MAX_RESULT} bytes")
     try:
-        told = cast("dict[str, object]", json.loads(result.read_bytes()))
+        told: object = json.loads(result.read_bytes())
     except (ValueError, RecursionError) as error:
         raise _refusal(path, f"could not be read: {error}") from error
+    if not isinstance(told, dict):
+        raise _refusal(path, "could not be read: what was read is no JSON object")
+    told = cast("dict[str, object]", told)
     if "refused" in told:
-        raise _refusal(path, str(told["refused"]))
+        raise _refusal(path, short(str(told["refused"]), MAX_REASON))
     names, numbers = told.get("names"), told.get("numbers")
     if not (_all_of(names, list, str) and _all_of(numbers, dict, str)):
         raise _refusal(path, "could not be read: its names are no names")
@@ -414,6 +417,6 @@ def _absent(levels: Mapping[str, dict[str, Tensor]], weights: Weights) -> str:
     other = Weights.RAW if weights is Weights.EMA else Weights.EMA
     if _candidates(levels, other):
         return f"the file holds no {weights.value} weights; ask for its {other.value} weights"
-    shown = ", ".join(list(levels)[:8])
+    shown = ", ".join(short(level) for level in list(levels)[:8])
     known = ", ".join(chain(EMA_LEVELS, RAW_LEVELS))
     return f"the file holds its tensors in {shown}; weights are looked for in {known}"

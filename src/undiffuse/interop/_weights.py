@@ -13,6 +13,7 @@ from torch import Tensor
 
 from undiffuse.denoiser import Denoiser, Prediction
 from undiffuse.errors import CheckpointError
+from undiffuse.interop._words import short
 from undiffuse.noise import Schedule
 from undiffuse.spec import UNetSpec
 from undiffuse.unet import TimestepEmbedding, UNet
@@ -184,12 +185,14 @@ def read_weights(
     for rule in rules:
         missing = [name for name in rule.theirs if name not in theirs]
         if missing:
-            raise CheckpointError(f"{missing[0]} is missing: the file does not hold this network")
+            raise CheckpointError(
+                f"{short(missing[0])} is missing: the file does not hold this network"
+            )
         unknown -= set(rule.theirs)
         ours[rule.ours] = _fitting(rule, [theirs[name] for name in rule.theirs], shapes)
     if unknown:
         raise CheckpointError(
-            f"{min(unknown)} is in the file, but this network has no such weight"
+            f"{short(min(unknown))} is in the file, but this network has no such weight"
             f" ({len(unknown)} such in all)"
         )
     assert set(ours) == set(shapes), set(ours) ^ set(shapes)

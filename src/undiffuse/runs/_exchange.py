@@ -163,7 +163,7 @@ def _detect(names: Collection[str], path: Path) -> ForeignFormat:
                 )
             return kind
     known = ", ".join(kind.value for kind in _SIGNS)
-    first = ", ".join(sorted(names)[:3])
+    first = ", ".join(interop.short(name) for name in sorted(names)[:3])
     raise CheckpointError(
         f"{path}: tensors such as {first} belong to no network that is known here ({known})"
     )
@@ -251,8 +251,17 @@ def export_model(
     kind = options.format or format_of(path)
     if options.pipeline is not None and kind is not ExportFormat.DIFFUSERS:
         raise ConfigError(f"pipeline is for format diffusers; got it with {kind.value}")
-    check_free(path, options.force and kind is not ExportFormat.DIFFUSERS)
+    if kind is not ExportFormat.DIFFUSERS and path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file")
+    for target in _targets(kind, path):
+        check_free(target, options.force and kind is not ExportFormat.DIFFUSERS)
     return _WRITERS[kind](model, path, options)
+
+
+def _targets(kind: ExportFormat, path: Path) -> tuple[Path, ...]:
+    """All that may be written; the weights of a large graph of ONNX stand beside it."""
+    beside = (path.with_name(f"{path.name}.data"),) if kind is ExportFormat.ONNX else ()
+    return (path, *beside)
 
 
 def format_of(path: Path) -> ExportFormat:
@@ -307,8 +316,6 @@ Export = Callable[..., interop.Graph]
 
 
 def _graph(export: Export, model: Model, path: Path, options: ExportConfig) -> ExportedModel:
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file")
     graph = export(path, model.net, _size(model), metadata(model), options.check)
     return ExportedModel(graph.files, graph.difference, tuple(_graph_notes(model, graph)))
 
@@ -338,7 +345,7 @@ def _diffusers(model: Model, path: Path, options: ExportConfig) -> ExportedModel
             return None
         return interop.difference_diffusers(folder, interop.plain(model.net), _tried(model))
 
-    files, difference = interop.placed(path, fill, DIFFUSERS_LIMIT)
+    files, difference = interop.placed(path, fill, DIFFUSERS_LIMIT, force=False)
     return ExportedModel(files, difference, (*notes, *configs.notes))
 
 
@@ -397,8 +404,9 @@ def _state_dict(
     path: Path,
     options: ExportConfig,
 ) -> ExportedModel:
-    del options  # nothing runs here that the outputs could be compared with
-    written = interop.write_state_dict(path, convert(model.spec, _weights(model)))
+    # Nothing runs here that the outputs could be compared with: options.check has no meaning.
+    tensors = convert(model.spec, _weights(model))
+    written = interop.write_state_dict(path, tensors, options.force)
     denoiser = model.denoiser
     notes = (
         "a state dict in safetensors; not compared, for nothing here runs it",
