@@ -77,11 +77,7 @@ class LinearBetas:
     last: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or not MIN_SIGMA**2 <= self.first <= self.last < 1.0:
-            raise ConfigError(
-                f"LinearBetas needs steps >= 2 and {MIN_SIGMA**2:g} <= first <= last < 1;"
-                f" got steps={self.steps}, first={self.first}, last={self.last}"
-            )
+        _check_betas(self)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return _level_from_table(_linear_table(self), t)
@@ -99,11 +95,7 @@ class ScaledLinearBetas:
     last: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or not MIN_SIGMA**2 <= self.first <= self.last < 1.0:
-            raise ConfigError(
-                f"ScaledLinearBetas needs steps >= 2 and {MIN_SIGMA**2:g} <= first <= last < 1;"
-                f" got steps={self.steps}, first={self.first}, last={self.last}"
-            )
+        _check_betas(self)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return _level_from_table(_scaled_linear_table(self), t)
@@ -212,6 +204,15 @@ class Flow:
         ratio = ratio.double()
         t = torch.where(ratio.isinf(), torch.ones_like(ratio), ratio / (1 + ratio))
         return self(t)
+
+
+def _check_betas(schedule: LinearBetas | ScaledLinearBetas) -> None:
+    steps, first, last = schedule.steps, schedule.first, schedule.last
+    if steps < 2 or not MIN_SIGMA**2 <= first <= last < 1.0:
+        raise ConfigError(
+            f"{type(schedule).__name__} needs steps >= 2 and {MIN_SIGMA**2:g} <= first <= last < 1;"
+            f" got steps={steps}, first={first}, last={last}"
+        )
 
 
 def clean() -> NoiseLevel:

@@ -193,7 +193,7 @@ def _read_safetensors(path: Path, named: Path) -> tuple[dict[str, Tensor], dict[
     # pread: tensors of their own, which a file that changes later cannot reach.
     try:
         with safe_open(path, framework="pt", backend="pread") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no dict: it has keys, but cannot be walked through
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, LookupError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
