@@ -7,7 +7,7 @@ from typing import Any
 from undiffuse import drawing, report
 from undiffuse.checkpoint import Model
 from undiffuse.config import flatten
-from undiffuse.cost import parameters, total_parameters
+from undiffuse.cost import multiply_adds, padded, parameters, total_parameters
 from undiffuse.runs._folder import (
     RunFolder,
     read_json,
@@ -91,8 +91,10 @@ def _precision(info: dict[str, Any]) -> str:
 
 def _unet_svg(model: Model) -> str:
     spec, size = model.spec, (model.pictures.height, model.pictures.width)
-    counts = {site.index: parameters(site, spec.style) for site in trace(spec)}
-    return drawing.to_svg(drawing.draw_unet(spec, size, counts))
+    whole, sites = padded(spec, *size), list(trace(spec))
+    counts = {site.index: parameters(site, spec.style) for site in sites}
+    costs = {site.index: multiply_adds(site, spec.style, *whole) for site in sites}
+    return drawing.to_svg(drawing.draw_unet(spec, size, counts, costs))
 
 
 def _loss_svg(records: list[dict[str, Any]]) -> str | None:
