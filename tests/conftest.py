@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import os
+import signal
 
 # Before torch is imported, and for child processes too: two processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,3 +31,10 @@ if not os.environ.get("UNDIFFUSE_NO_TYPECHECK"):
 def _one_thread() -> None:
     """The same order of summation on every machine, and no fight for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """A shell starts what it puts into the background with SIGINT ignored; tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
