@@ -12,7 +12,8 @@ HEAD = """# Studies: the claims of the four texts, measured
 Four texts explain the U-Net of diffusion models. Whatever they claim that can be measured is
 measured here, on small networks and with three seeds, and every verdict is computed from the
 numbers by the rule that stands beside it. `make studies` measures everything again, draws this page
-and goes on where it was interrupted; it takes about an hour on two cores. Shaded bands and brackets
+and goes on where it was interrupted; on two cores it should take one to two hours, an estimate from
+its parts. Shaded bands and brackets
 are the lowest and the highest of the seeds.
 
 Three kinds of pictures are used. *Fields* are Gaussian random fields of 32x32 pixels, windows of
