@@ -41,7 +41,7 @@ from undiffuse.spec import (
 FIXTURES = Path(__file__).parent / "fixtures" / "lucidrains"
 sys.path.insert(0, str(FIXTURES))
 
-from lucidrains_rule import weights_of  # noqa: E402
+from lucidrains_rule import weights_of  # noqa: E402 # its folder is put on the path above
 
 NETS = json.loads((FIXTURES / "nets.json").read_text(encoding="utf-8"))
 NAMES = ("default", "full-attention", "options")

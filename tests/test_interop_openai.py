@@ -120,7 +120,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 def with_sinusoid(net: UNet, values: Tensor) -> UNet:
     """sin and cos may differ by a rounding between machines; take those of the fixture."""
     assert net.embedding is not None
-    net.embedding.sinusoid = lambda timestep: values  # type: ignore[method-assign]
+    net.embedding.sinusoid = lambda timestep: values  # type: ignore[method-assign] # the stored sinusoid
     return net
 
 

@@ -129,7 +129,7 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, embedding: Embedding) -> None:
         super().__init__()
         self.options = embedding
-        self.register_buffer("frequencies", _frequencies(embedding), persistent=False)
+        self.register_buffer("frequencies", frequencies_of(embedding), persistent=False)
         self.linear1 = nn.Linear(embedding.width, embedding.hidden)
         self.linear2 = nn.Linear(embedding.hidden, embedding.out)
         rows = embedding.classes + int(embedding.null)
@@ -190,7 +190,8 @@ class TimestepEmbedding(nn.Module):
         return self
 
 
-def _frequencies(embedding: Embedding) -> Float[Tensor, "half"]:
+def frequencies_of(embedding: Embedding) -> Float[Tensor, "half"]:
+    """The sinusoid's frequencies: they follow from the spec, so files do not hold them."""
     half = embedding.width // 2
     steps = half - 1 if embedding.half_minus_one else half
     k = torch.arange(half, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,7 @@ from undiffuse.denoiser import Denoiser, Prediction
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.noise import Schedule
 from undiffuse.spec import UNetSpec, trace
-from undiffuse.unet import TimestepEmbedding, UNet
+from undiffuse.unet import UNet, frequencies_of
 
 FORMAT = 1
 NEEDS = "0.1.0"  # the oldest version that reads FORMAT
@@ -248,11 +248,7 @@ def _network(spec: UNetSpec, tensors: Mapping[str, Tensor]) -> UNet:
     net = _on_meta(spec)
     net.load_state_dict(_single(tensors), assign=True)
     if net.embedding is not None:
-        # The sinusoid's frequencies follow from the spec and are not saved. The smallest
-        # embedding computes them; its random weights must not advance the caller's generator.
-        small = replace(spec.style.embedding, hidden=1, out=1, classes=0, null=False)
-        with torch.random.fork_rng(devices=[]):
-            net.embedding.frequencies = TimestepEmbedding(small).frequencies
+        net.embedding.frequencies = frequencies_of(spec.style.embedding)
     return net.eval()
 
 

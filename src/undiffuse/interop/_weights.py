@@ -16,7 +16,7 @@ from undiffuse.errors import CheckpointError
 from undiffuse.interop._words import short
 from undiffuse.noise import Schedule
 from undiffuse.spec import UNetSpec
-from undiffuse.unet import TimestepEmbedding, UNet
+from undiffuse.unet import UNet, frequencies_of
 
 Tensors = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -56,10 +56,8 @@ class Imported:
         with torch.device("meta"):
             net = UNet(self.spec)
         net.load_state_dict(dict(self.weights), assign=True)
-        if net.embedding is not None:  # the frequencies follow from the spec and are not saved
-            small = replace(self.spec.style.embedding, hidden=1, out=1, classes=0, null=False)
-            with torch.random.fork_rng(devices=[]):
-                net.embedding.frequencies = TimestepEmbedding(small).frequencies
+        if net.embedding is not None:
+            net.embedding.frequencies = frequencies_of(self.spec.style.embedding)
         return net.eval()
 
     def denoiser(self) -> Denoiser:
