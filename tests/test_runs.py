@@ -616,10 +616,10 @@ def test_the_precision_that_was_timed_is_kept(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    faster = lambda net, shape, label, bf16, repeats=3: 1.0 if bf16 else 9.0  # noqa: E731
+    faster = lambda net, shape, label, path, again: 9.0 if path == "plain" else 1.0  # noqa: E731
     monkeypatch.setattr("undiffuse.runtime.step_seconds", faster)
     run_until(request(pictures, run, mixed_precision="auto"), 1)
-    slower = lambda net, shape, label, bf16, repeats=3: 9.0 if bf16 else 1.0  # noqa: E731
+    slower = lambda net, shape, label, path, again: 1.0 if path == "plain" else 9.0  # noqa: E731
     monkeypatch.setattr("undiffuse.runtime.step_seconds", slower)
     plan = make_plan(request(pictures, run, mixed_precision="auto", resume="latest"))
     assert plan.runtime.bf16

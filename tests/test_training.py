@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from undiffuse import kernels
 from undiffuse.config import LrScheduler, TrainConfig
 from undiffuse.denoiser import (
     Denoiser,
@@ -33,6 +34,7 @@ from undiffuse.recipes import ddpm_family
 from undiffuse.training import (
     MAX_BAD_STEPS,
     Batch,
+    FusedUpdate,
     Recipe,
     Source,
     StepReport,
@@ -71,9 +73,11 @@ def unet(dropout: float = 0.0, seed: int = 0, **style: Any) -> UNet:
         return UNet(replace(spec, style=replace(spec.style, dropout=dropout, **style)))
 
 
-def state_of(config: TrainConfig, net: nn.Module | None = None) -> TrainState:
+def state_of(
+    config: TrainConfig, net: nn.Module | None = None, fused: FusedUpdate | None = None
+) -> TrainState:
     net = unet() if net is None else net
-    return TrainState(net, Denoiser(net, Karras(), KarrasPrecond()), config)
+    return TrainState(net, Denoiser(net, Karras(), KarrasPrecond()), config, fused=fused)
 
 
 CONFIG = TrainConfig(
@@ -102,6 +106,69 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], except_for: st
     for name in one:
         if not name.startswith(except_for):
             assert torch.equal(one[name], other[name]), name
+
+
+# --- an update in one pass ----------------------------------------------------------------------
+
+needs_kernels = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
+
+
+def push(state: TrainState, step: int, scale: float = 1.0) -> StepReport:
+    """An update by gradients that do not depend on the weights."""
+    generator = torch.Generator().manual_seed(step)
+    for p in state.parameters:
+        p.grad = torch.empty_like(p).copy_(scale * torch.randn(p.shape, generator=generator))
+    return state.advance(torch.tensor(1.0))
+
+
+def assert_close(one: TrainState, other: TrainState) -> None:
+    mine, theirs = flat(one), flat(other)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.allclose(theirs[name], value, rtol=1e-5, atol=1e-7), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_one_pass_does_what_clipping_adamw_and_averaging_do(limit: float) -> None:
+    config = replace(CONFIG, max_grad_norm=limit, adam_weight_decay=0.1)
+    plain, fused = state_of(config), state_of(config, fused=kernels)
+    for step in range(5):
+        wanted, got = push(plain, step), push(fused, step)
+        assert torch.allclose(got.grad_norm, wanted.grad_norm, rtol=1e-5)
+        assert got.learning_rate == wanted.learning_rate
+    assert_close(plain, fused)
+
+
+@needs_kernels
+def test_one_pass_leaves_weights_and_moments_alone_when_a_gradient_is_not_finite() -> None:
+    plain, fused = state_of(CONFIG), state_of(CONFIG, fused=kernels)
+    for state in (plain, fused):
+        push(state, 0)
+        before = flat(state)
+        report = push(state, 1, scale=float("nan"))
+        assert float(report.skipped) == 1.0
+        assert all(p.grad is None for p in state.parameters)
+        assert_same(before, flat(state), except_for="ema/")
+        push(state, 2)
+    assert_close(plain, fused)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernels_first", [True, False])
+def test_one_pass_and_the_optimiser_continue_each_other(kernels_first: bool) -> None:
+    """Their states are one: a run may move between machines with and without kernels."""
+    ways = (kernels, None) if kernels_first else (None, kernels)
+    wanted, first = state_of(CONFIG), state_of(CONFIG, fused=ways[0])
+    for step in range(4):
+        push(wanted, step)
+    push(first, 0)
+    push(first, 1)
+    second = state_of(CONFIG, unet(seed=5), fused=ways[1])
+    second.restore(first.tensors(), first.counters())
+    push(second, 2)
+    push(second, 3)
+    assert_close(wanted, second)
 
 
 # --- the average --------------------------------------------------------------------------------

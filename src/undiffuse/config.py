@@ -231,6 +231,10 @@ class RuntimeConfig(Checked):
 
     device: Device = option(Device.AUTO, "where to compute")
     mixed_precision: Precision = option(Precision.AUTO, "auto times one step both ways")
+    gradient_checkpointing: bool = option(
+        False, "compute activations again instead of keeping them; automatic where memory is short"
+    )
+    torch_compile: bool = option(False, "compile the network: minutes at first, then kept")
 
 
 @dataclass(frozen=True)

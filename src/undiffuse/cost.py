@@ -14,6 +14,8 @@ Heights and widths are in pixels. Functions of a `Site` want those of the padded
 the network's stride divides (`padded`); functions of a `UNetSpec` take any picture and pad.
 """
 
+from collections.abc import Collection
+
 from undiffuse.spec import (
     Act,
     Activation,
@@ -299,13 +301,36 @@ def _kept_by(activation: Activation) -> int:
     return 0 if activation is Activation.RELU else 1
 
 
-def training_bytes(spec: UNetSpec, height: int, width: int, batch: int) -> int:
+def training_bytes(
+    spec: UNetSpec, height: int, width: int, batch: int, recomputed: Collection[str] = ()
+) -> int:
     """About how many bytes training needs at once, in float32 and eager mode.
 
-    16 per parameter plus the activations of `batch` pictures. An estimate from below: averages
-    of the weights, work space of the kernels and the pictures themselves are not in it. Its use
-    is to refuse a size that can never fit before anything is allocated.
+    16 per parameter plus the activations of `batch` pictures. Layers in `recomputed` (names of
+    sites) keep their input alone, but one of them at a time is computed again in full. An estimate
+    from below: averages of the weights, work space of the kernels and the pictures themselves are
+    not in it. Its use is to refuse a size that can never fit before anything is allocated.
     """
     size = padded(spec, height, width)
-    kept = sum(activations(site, spec.style, *size) for site in trace(spec))
+    whole = {site: activations(site, spec.style, *size) for site in trace(spec)}
+    again = [site for site in whole if site.name in recomputed]
+    kept = sum(n for site, n in whole.items() if site not in again)
+    kept += sum(input_numbers(site, *size) for site in again)
+    kept += max((whole[site] for site in again), default=0)
     return BYTES_PER_PARAMETER * total_parameters(spec) + BYTES_PER_ACTIVATION * batch * kept
+
+
+def input_numbers(site: Site, height: int, width: int) -> int:
+    """Numbers that come into a layer, for one padded picture."""
+    return site.in_width * _positions(site, height, width)[0]
+
+
+def recomputable(spec: UNetSpec, height: int, width: int) -> list[str]:
+    """The names of the layers worth computing again, those that save most memory first."""
+    size = padded(spec, height, width)
+    saving = {
+        site.name: activations(site, spec.style, *size) - input_numbers(site, *size)
+        for site in trace(spec)
+        if isinstance(site.op, Res | Attn | LinearAttn)
+    }
+    return sorted(saving, key=lambda name: -saving[name])

@@ -9,11 +9,11 @@ precision, and is the only place where levels meet the shape of pictures.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, lru_cache
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -375,8 +375,8 @@ def keyed_normal(
 ) -> Float[Tensor, "b ..."]:
     """Standard normal numbers, one block of `shape` per position; float32 on the CPU."""
     out = np.empty((len(positions), *shape), dtype=np.float32)
-    for row, position in zip(out, positions, strict=True):
-        keyed(seed, stream, position, part).standard_normal(out=row, dtype=np.float32)
+    for row, generator in zip(out, _keyed_in_turn(seed, stream, positions, part), strict=True):
+        generator.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
@@ -385,9 +385,22 @@ def keyed_uniform(
 ) -> np.ndarray:
     """Uniform numbers in [0, 1), `count` per position; float64 of shape (len(positions), count)."""
     out = np.empty((len(positions), count))
-    for row, position in zip(out, positions, strict=True):
-        keyed(seed, stream, position, part).random(out=row)
+    for row, generator in zip(out, _keyed_in_turn(seed, stream, positions, part), strict=True):
+        generator.random(out=row)
     return out
+
+
+def _keyed_in_turn(
+    seed: int, stream: Stream, positions: range, part: int
+) -> Iterator[np.random.Generator]:
+    """`keyed` of each position, good until the next: one generator is set to all of them, since
+    making one takes longer than the numbers of a small picture."""
+    generator = keyed(seed, stream, 0, part)
+    fresh = cast("dict[str, Any]", generator.bit_generator.state)
+    for position in positions:
+        fresh["state"]["counter"][3] = position
+        generator.bit_generator.state = fresh
+        yield generator
 
 
 def order(seed: int, size: int, positions: range) -> np.ndarray:

@@ -1,34 +1,61 @@
-"""Device, precision and memory format: the only module that decides what arithmetic runs on.
+"""How a network is computed: device, precision, layout, kernels. The one place that decides.
 
-Weights, preconditioning and loss stay float32. bfloat16 exists only inside the network, and only
-where it is measured to be faster: on some processors it is many times faster for wide networks
-and useless for narrow ones.
+`unet` is the plain path. Every other path computes the same function of the same float32
+parameters, gradients included, up to rounding:
+
+- `bf16`: every operation on bfloat16 copies of the weights, without autocast's casts;
+- `kernels`: hand-written kernels for processors, bfloat16 features (`undiffuse.fast`);
+- `compiled`: `bf16` through torch.compile.
+
+Weights, preconditioning, loss and averages stay float32 on every path.
 """
 
+import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from undiffuse import kernels
 from undiffuse.config import Device, Precision, RuntimeConfig
 from undiffuse.errors import ConfigError
+from undiffuse.fast import Fast
+from undiffuse.spec import trace
+from undiffuse.unet import TimestepEmbedding, UNet, call
 
 Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Run = Callable[..., Tensor]  # run(layer, *inputs), as `UNet.forward` takes it
 
-MIN_GAIN = 1.1  # bf16 must be this much faster than float32 before `auto` takes it
+MIN_GAIN = 1.1  # another path must be this much faster than the plain one before `auto` takes it
+
+
+class Path(StrEnum):
+    """A way to compute the network."""
+
+    PLAIN = "plain"
+    BF16 = "bf16"
+    KERNELS = "kernels"
+    COMPILED = "compiled"
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A decision: where to compute and how precisely, with the reason in words."""
+    """A decision: where and how to compute, with the reason in words."""
 
     device: torch.device
-    bf16: bool
+    path: Path
     reason: str
     seconds: float  # that one picture takes, forward and backward
+
+    @property
+    def bf16(self) -> bool:
+        return self.path is not Path.PLAIN
 
     @property
     def precision(self) -> Precision:
@@ -69,57 +96,210 @@ def move(net: nn.Module, device: torch.device) -> nn.Module:
     return net.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportUnknownVariableType] # overload lacks memory_format
 
 
-def callable_net(net: nn.Module, bf16: bool) -> Net:
-    """The network as `Denoiser` calls it: inputs made channels last, bfloat16 inside if wanted."""
-    if not bf16:
-        return lambda x, timestep, label: net(_channels_last(x), timestep, label)
+# --- the paths ----------------------------------------------------------------------------------
 
-    def run(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return net(_channels_last(x), timestep, label)
 
-    return run
+def callable_net(net: UNet, path: Path = Path.PLAIN, recompute: Collection[str] = ()) -> Net:
+    """The network as `Denoiser` calls it, on one of the paths.
+
+    With gradients switched on they reach the float32 parameters of `net`; without, rounded weights
+    are kept until a parameter changes.
+
+    Args:
+        recompute: names of layers that keep only their input for the backward pass and compute
+            the rest again (Chen et al. 2016, 1604.06174): less memory, up to a third more work.
+    """
+    run = _recomputing(layers_on(path), [net.layers[name] for name in recompute])
+
+    def compute(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return net(x, timestep, label, run).to(x.dtype)
+
+    return torch.compile(compute, dynamic=False) if path is Path.COMPILED else compute
+
+
+def layers_on(path: Path) -> Run:
+    """How one network's layers are run on a path; it keeps that network's rounded weights."""
+    match path:
+        case Path.PLAIN:
+            return call
+        case Path.BF16 | Path.COMPILED:
+            return _Rounded()
+        case Path.KERNELS:
+            return Fast(winograd=winograd_pays())
+
+
+def _recomputing(run: Run, layers: list[nn.Module]) -> Run:
+    """`run`, but keeping only the inputs of `layers`."""
+    if not layers:
+        return run
+    chosen = {id(layer) for layer in layers}
+
+    def frugal(layer: nn.Module, *inputs: Any) -> Tensor:
+        if id(layer) not in chosen or not torch.is_grad_enabled():
+            return run(layer, *inputs)
+        return checkpoint(run, layer, *inputs, use_reentrant=False)
+
+    return frugal
+
+
+class _Rounded:
+    """Runs a layer in bfloat16 throughout, on rounded copies of its weights.
+
+    Autocast decides anew at every operation and carries features to float32 and back around norms.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[tuple[int, ...], nn.Module]] = {}
+
+    def __call__(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        if isinstance(layer, TimestepEmbedding):  # timestep 999 has no exact bfloat16
+            timestep, label, _ = inputs
+            inputs = timestep, label, torch.bfloat16
+        else:
+            inputs = tuple(map(_rounded, inputs))
+        if not torch.is_grad_enabled():
+            return self._copy(layer)(*inputs)
+        weights = {name: p.bfloat16() for name, p in layer.named_parameters()}
+        return torch.func.functional_call(layer, weights, inputs)
+
+    def _copy(self, layer: nn.Module) -> nn.Module:
+        now = tuple(n for p in layer.parameters() for n in (p._version, p.data_ptr()))
+        then, kept = self._kept.get(id(layer), (None, None))
+        if kept is None or then != now:
+            kept = copy.deepcopy(layer).requires_grad_(False).bfloat16()
+            self._kept[id(layer)] = now, kept
+        return kept
+
+
+def _rounded(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.bfloat16() if floating else value
+
+
+def updates_by_kernels(device: torch.device) -> bool:
+    """Whether `TrainState` may take `undiffuse.kernels` for an update in one pass."""
+    return device.type == "cpu" and kernels.why_not() is None
+
+
+# --- deciding -----------------------------------------------------------------------------------
+
+
+def half_path(device: torch.device, compiled: bool = False) -> tuple[Path, str]:
+    """The fastest bfloat16 path there is on `device`, and why not a faster one."""
+    if compiled:
+        return Path.COMPILED, "torch.compile as asked"
+    if device.type != "cpu":
+        return Path.BF16, f"bfloat16 on {device.type}"
+    missing = kernels.why_not()
+    if missing is None:
+        return Path.KERNELS, kernels.describe()
+    return Path.BF16, f"no kernels: {missing}"
+
+
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    can = torch.cpu.get_capabilities()
+    return any(can.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def winograd_pays() -> bool:
+    """Whether transforms cost less than the products they save.
+
+    They do on vector units. A matrix unit (AMX) multiplies ten times faster, but adds no faster.
+    """
+    return not torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def choose(net: UNet, mixed_precision: Precision = Precision.AUTO) -> Runtime:
+    """Settle the path for generating, without timing anything: a function of network and machine.
+
+    bfloat16 where asked for; by default where the processor is fast at it and the network wide
+    enough for it to matter.
+    """
+    device = next(net.parameters()).device
+    half, reason = half_path(device)
+    match mixed_precision:
+        case Precision.NO:
+            return Runtime(device, Path.PLAIN, "as asked", 0.0)
+        case Precision.BF16:
+            return Runtime(device, half, f"as asked; {reason}", 0.0)
+        case Precision.AUTO:
+            pass
+    if width_of(net) < WIDE:
+        return Runtime(device, Path.PLAIN, f"narrower than {WIDE} channels", 0.0)
+    if not _has_bf16(device):
+        return Runtime(device, Path.PLAIN, f"{device.type} is not fast in bfloat16", 0.0)
+    return Runtime(device, half, reason, 0.0)
+
+
+WIDE = 64  # channels of the first features; narrower networks are bound by overhead, not products
+
+
+def width_of(net: UNet) -> int:
+    """Channels of the network's first features."""
+    return next(iter(trace(net.spec))).out_width
+
+
+def _has_bf16(device: torch.device) -> bool:
+    match device.type:
+        case "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        case "cpu":
+            return fast_bf16()
+        case _:
+            return False
 
 
 def decide(
-    config: RuntimeConfig, net: nn.Module, shape: tuple[int, int, int, int], label: Tensor | None
+    config: RuntimeConfig,
+    net: UNet,
+    shape: tuple[int, int, int, int],
+    label: Tensor | None,
+    recompute: Collection[str] = (),
 ) -> Runtime:
-    """Settle device and precision; `auto` times a training step of this network on `shape`.
+    """Settle device and path for training; `auto` times a training step of this network on `shape`.
 
     `net` must already be on its device. Its weights are not changed.
     """
     device = next(net.parameters()).device
-    fixed = _fixed_precision(config, device)
+    fixed = _fixed(config, device)
     if fixed is not None:
-        bf16, reason = fixed
-        return Runtime(device, bf16, reason, step_seconds(net, shape, label, bf16) / shape[0])
-    full, half = (step_seconds(net, shape, label, bf16) for bf16 in (False, True))
-    reason = f"bf16 steps take {half / full:.2f}x the time of float32"
-    bf16 = full / half >= MIN_GAIN
-    return Runtime(device, bf16, reason, (half if bf16 else full) / shape[0])
+        path, reason = fixed
+        seconds = step_seconds(net, shape, label, path, recompute)
+        return Runtime(device, path, reason, seconds / shape[0])
+    half_way, why = half_path(device, config.torch_compile)
+    full, half = (
+        step_seconds(net, shape, label, path, recompute) for path in (Path.PLAIN, half_way)
+    )
+    path = half_way if full / half >= MIN_GAIN else Path.PLAIN
+    reason = f"{half_way} steps take {half / full:.2f}x the time of plain float32 ({why})"
+    return Runtime(device, path, reason, min(half, full) / shape[0])
 
 
-def _fixed_precision(config: RuntimeConfig, device: torch.device) -> tuple[bool, str] | None:
-    """The precision and its reason, where nothing needs to be timed."""
+def _fixed(config: RuntimeConfig, device: torch.device) -> tuple[Path, str] | None:
+    """The path and its reason, where nothing needs to be timed."""
     if config.mixed_precision is Precision.NO:
-        return False, "as asked"
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return False, "this GPU has no bf16"
+        return Path.PLAIN, "as asked"
+    if device.type == "cuda" and not _has_bf16(device):
+        return Path.PLAIN, "this GPU has no bf16"
     if config.mixed_precision is Precision.BF16:
-        return True, "as asked"
-    return (False, "float32 on mps") if device.type == "mps" else None
+        path, why = half_path(device, config.torch_compile)
+        return path, f"as asked; {why}"
+    return (Path.PLAIN, "float32 on mps") if device.type == "mps" else None
 
 
 def step_seconds(
-    net: nn.Module,
+    net: UNet,
     shape: tuple[int, int, int, int],
     label: Tensor | None,
-    bf16: bool,
+    path: Path,
+    recompute: Collection[str] = (),
     repeats: int = 2,
 ) -> float:
     """Seconds of one forward and backward pass: the best of `repeats`, after a warm-up."""
     device = next(net.parameters()).device
-    run, x = callable_net(net, bf16), torch.zeros(shape, device=device)
+    run, x = callable_net(net, path, recompute), torch.zeros(shape, device=device)
     label = None if label is None else label.to(device)
     timestep = torch.zeros(shape[0], device=device)
     times = [_timed(run, net, x, timestep, label) for _ in range(repeats + 1)]
@@ -140,7 +320,3 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     if device.type == "mps":
         torch.mps.synchronize()
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)

@@ -10,6 +10,7 @@ after every level, so the caller cuts a film, draws a progress bar or stops, all
 Histories of multistep methods are local variables, so nothing is left over between calls.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -76,17 +77,37 @@ def ddim(
     for step, (now, then) in enumerate(pairwise(levels)):
         x0 = denoise(x, now)
         fresh = _fresh_sigma(now, then, eta)
-        kept = (then.sigma**2 - fresh**2).clamp(min=0).sqrt()
-        x = then.alpha * x0 + kept * now.noise_in(x, x0)
-        if noise is not None and bool(fresh > 0):
-            x = x + fresh * noise(step)
+        kept = math.sqrt(max(float(then.sigma) ** 2 - fresh**2, 0.0))
+        x = _move(x, x0, now, float(then.alpha), kept)
+        if noise is not None and fresh > 0.0:
+            x.add_(noise(step), alpha=fresh)
         yield Step(x, x0, then)
 
 
-def _fresh_sigma(now: NoiseLevel, then: NoiseLevel, eta: float) -> Tensor:
+def _fresh_sigma(now: NoiseLevel, then: NoiseLevel, eta: float) -> float:
     """eta * (s'/s) * sqrt(s^2 - (a s'/a')^2): the posterior's deviation (2010.02502, eq. 16)."""
-    left = (now.sigma**2 - (now.alpha * then.sigma / then.alpha) ** 2).clamp(min=0)
-    return eta * then.sigma / now.sigma * left.sqrt()
+    (a, s), (a_then, s_then) = _alpha_sigma(now), _alpha_sigma(then)
+    return eta * s_then / s * math.sqrt(max(s**2 - (a * s_then / a_then) ** 2, 0.0))
+
+
+def _move(x: Tensor, x0: Tensor, now: NoiseLevel, alpha: float, sigma: float) -> Tensor:
+    """alpha * x0 + sigma * now.noise_in(x, x0), with the factors of x and x0 gathered."""
+    a, s = _alpha_sigma(now)
+    return _sum((sigma / s, x), (alpha - a * sigma / s, x0))
+
+
+def _sum(*terms: tuple[float, Tensor]) -> Tensor:
+    """Pictures times their factors, added up in a new tensor: one pass over each."""
+    (factor, picture), *rest = terms
+    total = factor * picture
+    for factor, picture in rest:
+        total.add_(picture, alpha=factor)
+    return total
+
+
+def _alpha_sigma(level: NoiseLevel) -> tuple[float, float]:
+    """A shared level as numbers; it lies on the CPU, so no device is waited for."""
+    return float(level.alpha), float(level.sigma)
 
 
 ddpm: Sampler = partial(ddim, eta=1.0)
@@ -101,18 +122,23 @@ def heun(
 ) -> Iterator[Step]:
     """Heun's method on x / alpha over sigma / alpha (2206.00364, algorithm 1): order 2.
 
-    Two evaluations per step; one where a level has sigma = 0 or alpha = 0.
+    Two evaluations per step; one where a level has sigma = 0 or alpha = 0. With r the ratio
+    sigma / alpha and e the Euler step, the mean of both slopes,
+
+        x' / a' = x / a + (r' - r) ((x / a - x0) / r + (e / a' - x0') / r') / 2,
+
+    is e with a correction: x' = e + a' (r / r' - 1) / 2 (x0' - x0).
     """
     del noise  # deterministic
     for now, then in pairwise(levels):
         x0 = denoise(x, now)
-        euler = then.alpha * x0 + then.sigma * now.noise_in(x, x0)
-        if bool(then.sigma == 0) or bool(now.alpha == 0):
+        (a, s), (a_then, s_then) = _alpha_sigma(now), _alpha_sigma(then)
+        euler = _move(x, x0, now, a_then, s_then)
+        if s_then == 0.0 or a == 0.0:
             yield Step(x := euler, x0, then)
             continue
-        slope = now.noise_in(x, x0)
-        slope = (slope + then.noise_in(euler, denoise(euler, then))) / 2
-        x = then.alpha * (x / now.alpha + (then.ratio - now.ratio) * slope)
+        correction = a_then * (s / a * a_then / s_then - 1.0) / 2.0
+        x = torch.add(euler, denoise(euler, then) - x0, alpha=correction)
         yield Step(x, x0, then)
 
 
@@ -131,27 +157,29 @@ def dpmpp_2m(
     last: tuple[Tensor, NoiseLevel] | None = None
     for now, then in pairwise(levels):
         x0 = denoise(x, now)
-        d = _extrapolated(x0, last, now, then)
+        (a, s), (a_then, s_then) = _alpha_sigma(now), _alpha_sigma(then)
         # -expm1(-h) = 1 - (sigma'/alpha')/(sigma/alpha), with alpha and sigma allowed to be 0
-        shrink = now.alpha * then.sigma / (now.sigma * then.alpha)
-        x = then.sigma / now.sigma * x + then.alpha * (1 - shrink) * d
+        of_d = a_then * (1.0 - a * s_then / (s * a_then))
+        d = _extrapolated(x0, last, now, then)
+        x = _sum((s_then / s, x), *((of_d * weight, part) for weight, part in d))
         last = x0, now
         yield Step(x, x0, then)
 
 
 def _extrapolated(
     x0: Tensor, last: tuple[Tensor, NoiseLevel] | None, now: NoiseLevel, then: NoiseLevel
-) -> Tensor:
-    if last is None or bool(then.sigma == 0):
-        return x0
+) -> tuple[tuple[float, Tensor], ...]:
+    """d = x0 + (x0 - before) * h / (2 * h_before), as factors and pictures."""
+    if last is None or float(then.sigma) == 0.0:
+        return ((1.0, x0),)
     before, earlier = last
-    step, step_before = _log_step(now, then), _log_step(earlier, now)
-    return x0 + (x0 - before) * (step / (2 * step_before))
+    weight = _log_step(now, then) / (2.0 * _log_step(earlier, now))
+    return (1.0 + weight, x0), (-weight, before)
 
 
-def _log_step(now: NoiseLevel, then: NoiseLevel) -> Tensor:
-    """h: the step in ln(alpha / sigma)."""
-    return torch.log(then.alpha / then.sigma) - torch.log(now.alpha / now.sigma)
+def _log_step(now: NoiseLevel, then: NoiseLevel) -> float:
+    """h: the step in ln(alpha / sigma); infinite from alpha = 0."""
+    return math.log(float(now.ratio) / float(then.ratio))
 
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}

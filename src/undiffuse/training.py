@@ -8,11 +8,11 @@ yields what happened; the caller saves, draws and stops. Every random number is 
 import copy
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -74,6 +74,31 @@ class StepReport:
     learning_rate: float
 
 
+@runtime_checkable
+class FusedUpdate(Protocol):
+    """AdamW, clipping and the average in one pass (`undiffuse.kernels` is one)."""
+
+    def squared_norm(self, grads: Sequence[Tensor]) -> Tensor: ...
+
+    def adamw_ema(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avg: Sequence[Tensor],
+        exp_avg_sq: Sequence[Tensor],
+        ema: Sequence[Tensor],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        step: int,
+        grad_scale: float,
+        ema_weight: float,
+    ) -> None: ...
+
+
 class TrainState:
     """Weights, their average, the optimiser's moments, and where in the run we are."""
 
@@ -83,12 +108,14 @@ class TrainState:
         denoiser: Denoiser,
         config: TrainConfig,
         run: Callable[[nn.Module], Net] = lambda net: net,
+        fused: FusedUpdate | None = None,
     ) -> None:
-        """`run` wraps a network as the denoiser should call it (precision, layout)."""
+        """`run` wraps a network as the denoiser should call it (precision, layout); `fused` makes
+        an update and its average in one pass over the memory, where there is such a thing."""
         self.net, self.ema = net, copy.deepcopy(net).requires_grad_(False).eval()
         self.denoiser = replace(denoiser, net=run(self.net))
         self.averaged = replace(denoiser, net=run(self.ema))
-        self.config, self.step = config, 0
+        self.config, self.step, self.fused = config, 0, fused
         self.parameters = list(net.parameters())
         self.device = self.parameters[0].device
         self.optimizer = _optimizer(self.parameters, config)
@@ -98,30 +125,74 @@ class TrainState:
 
     def advance(self, loss: Tensor) -> StepReport:
         """Clip, update, average; leave everything alone if loss or gradient is not finite."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        bad = (~(loss.isfinite() & norm.isfinite())).float()
         learning_rate = learning_rate_at(self.config, self.step)
-        self._update(learning_rate, bad)
+        if self.fused is None:
+            norm, bad = self._update(loss, learning_rate)
+        else:
+            norm, bad = self._update_by(self.fused, loss, learning_rate)
+        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._average()
         self.skipped += bad
         self.skipped_in_row = (self.skipped_in_row + 1) * bad
         self.longest_row = torch.maximum(self.longest_row, self.skipped_in_row)
         self._check_progress(learning_rate)
         return StepReport(self.step, loss, norm, self.skipped.clone(), learning_rate)
 
-    def _update(self, learning_rate: float, bad: Tensor) -> None:
+    def _update(self, loss: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        bad = _not_finite(loss, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # The fused optimiser leaves weights and moments alone where found_inf is 1: no host wait.
         self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue] # as GradScaler does
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        return norm, bad
+
+    def _update_by(
+        self, fused: FusedUpdate, loss: Tensor, learning_rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same in one pass. On a processor, looking at a number costs nothing."""
+        moved = [(p, q) for p, q in zip(self.parameters, self.ema.parameters(), strict=True)]
+        moved = [(p, q) for p, q in moved if p.grad is not None]
+        weights, averages = ([pair[i] for pair in moved] for i in (0, 1))
+        grads = [p.grad for p in weights if p.grad is not None]
+        norm = fused.squared_norm(grads).sqrt().float()
+        bad = _not_finite(loss, norm)
+        if bad:
+            self._average()
+            return norm, bad
+        states = [self._moments(p) for p in weights]
+        torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportCallIssue, reportArgumentType] # no public name
+        fused.adamw_ema(
+            weights,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            averages,
+            lr=learning_rate,
+            beta1=self.config.adam_beta1,
+            beta2=self.config.adam_beta2,
+            eps=self.config.adam_epsilon,
+            weight_decay=self.config.adam_weight_decay,
+            step=int(states[0]["step"]),
+            grad_scale=min(1.0, self.config.max_grad_norm / (float(norm) + 1e-6)),
+            ema_weight=1 - ema_beta(self.config, self.step + 1),
+        )
+        return norm, bad
+
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The optimiser's own state, made at first use as the optimiser itself would."""
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in "mv")
+        return state
 
     @torch.no_grad()
     def _average(self) -> None:
         # A skipped update leaves the weights where they were, so averaging them once more is right.
-        weight = 1 - ema_beta(self.config, self.step)
+        weight = 1 - ema_beta(self.config, self.step + 1)
         averages, newest = list(self.ema.parameters()), self.parameters
         torch._foreach_lerp_(averages, newest, weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportCallIssue, reportArgumentType] # as torch's own EMA does; no public name
 
@@ -281,6 +352,10 @@ def ema_gamma(length: float) -> float:
     t = length**-2
     roots = np.roots([1, 7, 16 - t, 12 - t])
     return float(roots.real.max())
+
+
+def _not_finite(loss: Tensor, norm: Tensor) -> Tensor:
+    return (~(loss.isfinite() & norm.isfinite())).float()
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

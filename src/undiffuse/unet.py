@@ -6,6 +6,7 @@ diffusion: it gets a picture, one number per picture (`timestep`) and perhaps a 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+def call(layer: nn.Module, *inputs: Any) -> Tensor:
+    """Run a layer as it is written."""
+    return layer(*inputs)
+
+
 class UNet(nn.Module):
     """A network built from a `UNetSpec`; weights are named `layers.<site name>.<part>`."""
 
@@ -68,6 +74,7 @@ class UNet(nn.Module):
         x: Float[Tensor, "b c h w"],
         timestep: Shaped[Tensor, "b"],
         label: Int[Tensor, "b"] | None = None,
+        run: Callable[..., Tensor] = call,
     ) -> Float[Tensor, "b d h w"]:
         """Run the program.
 
@@ -75,6 +82,7 @@ class UNet(nn.Module):
             x: any height and width; sizes that cannot be halved are padded inside.
             timestep: what the network is told about the noise: any real number per picture.
             label: 0 ... classes - 1; classes means "no class" where the spec has a null row.
+            run: run(layer, *inputs) -> output; a faster or more frugal way to the same numbers.
 
         Raises:
             ConfigError: shapes, dtypes or labels do not fit this network.
@@ -82,17 +90,19 @@ class UNet(nn.Module):
         check_inputs(self.spec, x, timestep, label)
         height, width = x.shape[-2:]
         h = pad_to_multiple(x, self.stride)
-        emb = self.embedding(timestep, label, h.dtype) if self.embedding is not None else None
+        emb = None
+        if self.embedding is not None:
+            emb = run(self.embedding, timestep, label, h.dtype)
         skips: list[Tensor] = []
         for layer in self.layers.values():
             if isinstance(layer, PushSkip):
-                skips.append(layer(h))
+                skips.append(run(layer, h))
             elif isinstance(layer, ConcatSkip):
-                h = layer(h, skips.pop())
+                h = run(layer, h, skips.pop())
             elif isinstance(layer, ResBlock):
-                h = layer(h, emb)
+                h = run(layer, h, emb)
             else:
-                h = layer(h)
+                h = run(layer, h)
         return h[..., :height, :width]
 
 

@@ -1,15 +1,17 @@
 """The model file: weights together with everything that says what they mean."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from undiffuse.checkpoint._codec import (
     JSON,
@@ -255,11 +257,34 @@ def _network(spec: UNetSpec, tensors: Mapping[str, Tensor]) -> UNet:
 def _on_meta(spec: UNetSpec) -> UNet:
     """The network's shapes without its memory."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unvalued():
             return UNet(spec)
     except (RuntimeError, TypeError, ArithmeticError) as error:  # a size beyond 64 bits
         reason = str(error).splitlines()[0][:100]
         raise CheckpointError(f"spec: no network can be built from it ({reason})") from error
+
+
+class _Unvalued(TorchFunctionMode):
+    """Nothing is computed where tensors have no values, only their shapes are kept.
+
+    torch would find the shape of every result in Python, and imports its compiler for that: most
+    of the time from a model file to the first picture. Functions that are not named here still
+    give the right shapes.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if func in (torch.arange, torch.randn):
+            return torch.empty(*args, **named)
+        if func in (Tensor.mul, Tensor.div, torch.exp):  # by numbers: the shape stays
+            return args[0]
+        return named["tensor"] if func is nn.init.normal_ else func(*args, **named)
 
 
 def _own_metadata(head: Head, path: Path) -> Mapping[str, str]:

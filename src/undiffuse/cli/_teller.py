@@ -87,7 +87,8 @@ def _introduction(plan: runs.Plan) -> Iterator[str]:
         f" {type(plan.denoiser.prediction).__name__} prediction"
     )
     precision = "bf16" if plan.runtime.bf16 else "float32"
-    yield f"computing on {plan.runtime.device} in {precision}: {plan.runtime.reason}"
+    path = plan.runtime.path
+    yield f"computing on {plan.runtime.device} in {precision} ({path} path): {plan.runtime.reason}"
     yield from _padding_line(plan)
     yield _time_line(plan)
 

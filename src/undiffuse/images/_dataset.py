@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
 from typing import Any
 
 import numpy as np
@@ -152,4 +151,4 @@ def check_labels(labels: NDArray[Any], count: int, classes: int) -> None:
 
 def _offsets(uniform: NDArray[np.float64], room: int) -> NDArray[np.int64]:
     # min: the largest double below 1 times (room + 1) may round up to room + 1.
-    return np.array([min(floor(u * (room + 1)), room) for u in uniform], dtype=np.int64)
+    return np.minimum(np.floor(uniform * (room + 1)).astype(np.int64), room)

@@ -4,35 +4,42 @@ The four-line road in Python and the command line both stand on these functions:
 
     model = undiffuse.fit("path/to/images", output_dir="runs/mine", resolution=64)
     pictures = undiffuse.generate(model, 16, seed=0)
+
+Every name is imported when it is first used (PEP 562): sampling waits for neither the pictures,
+the measures, the drawings nor the other projects' formats, which are most of the package.
 """
 
-from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, sample_count
-from undiffuse.runs._exchange import (
-    ExportedModel,
-    ImportedModel,
-    check_free,
-    export_model,
-    format_of,
-    import_model,
-)
-from undiffuse.runs._folder import RunFolder, check_writable, stored_config
-from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
-from undiffuse.runs._load import list_models, load, missing_run
-from undiffuse.runs._plan import Plan, Request, resumed_config
-from undiffuse.runs._report import next_commands, write_report
-from undiffuse.runs._train import (
-    Doing,
-    Event,
-    Finished,
-    Note,
-    Planned,
-    Progress,
-    Saved,
-    Stopped,
-    Validated,
-    fit,
-    training_run,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, sample_count
+    from undiffuse.runs._exchange import (
+        ExportedModel,
+        ImportedModel,
+        check_free,
+        export_model,
+        format_of,
+        import_model,
+    )
+    from undiffuse.runs._folder import RunFolder, check_writable, stored_config
+    from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
+    from undiffuse.runs._load import list_models, load, missing_run
+    from undiffuse.runs._plan import Plan, Request, resumed_config
+    from undiffuse.runs._report import next_commands, write_report
+    from undiffuse.runs._train import (
+        Doing,
+        Event,
+        Finished,
+        Note,
+        Planned,
+        Progress,
+        Saved,
+        Stopped,
+        Validated,
+        fit,
+        training_run,
+    )
 
 __all__ = [
     "Doing",
@@ -72,3 +79,48 @@ __all__ = [
     "training_run",
     "write_report",
 ]
+
+_HOMES = {
+    "Doing": "_train",
+    "EvaluateOptions": "_evaluate",
+    "Evaluated": "_evaluate",
+    "Event": "_train",
+    "ExportedModel": "_exchange",
+    "Finished": "_train",
+    "ImportedModel": "_exchange",
+    "Note": "_train",
+    "Plan": "_plan",
+    "Planned": "_train",
+    "Progress": "_train",
+    "Request": "_plan",
+    "RunFolder": "_folder",
+    "Saved": "_train",
+    "Stopped": "_train",
+    "Validated": "_train",
+    "check_free": "_exchange",
+    "check_writable": "_folder",
+    "evaluate_run": "_evaluate",
+    "export_model": "_exchange",
+    "film": "_generate",
+    "fit": "_train",
+    "format_of": "_exchange",
+    "generate": "_generate",
+    "import_model": "_exchange",
+    "labels_in_turn": "_generate",
+    "list_models": "_load",
+    "load": "_load",
+    "missing_run": "_load",
+    "next_commands": "_report",
+    "parse_labels": "_generate",
+    "resumed_config": "_plan",
+    "sample_count": "_evaluate",
+    "stored_config": "_folder",
+    "training_run": "_train",
+    "write_report": "_report",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

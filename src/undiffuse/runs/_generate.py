@@ -10,7 +10,7 @@ from torch import Tensor
 from undiffuse.checkpoint import Model
 from undiffuse.errors import ConfigError
 from undiffuse.guidance import Denoise, classifier_free, clipped, guided, with_label
-from undiffuse.noise import Stream, keyed_normal, levels
+from undiffuse.noise import NoiseLevel, Stream, keyed_normal, levels
 from undiffuse.sampling import SAMPLERS, Sampler, Step, start
 
 OnStep = Callable[[Step], None]
@@ -51,12 +51,13 @@ def generate(
         _check_weak(model, weak)
     labels = _labels(model, label, count)
     run = SAMPLERS[_known(sampler)] if isinstance(sampler, str) else sampler
+    grid = levels(model.denoiser.schedule, num_inference_steps)
     batches = (range(i, min(i + batch_size, count)) for i in range(0, count, batch_size))
     made: list[Tensor] = []
     for positions in batches:
         part = None if labels is None else labels[positions.start : positions.stop]
         denoise = _denoise(model, part, guidance_scale, weak)
-        for step in _steps(model, run, denoise, positions, seed, num_inference_steps):
+        for step in _steps(model, run, denoise, positions, seed, grid):
             on_step(step)
             last = step.x
         made.append(last.clamp(-1, 1).float().cpu())  # pyright: ignore[reportPossiblyUnboundVariable] # at least one step
@@ -143,15 +144,20 @@ def _denoise(model: Model, label: Tensor | None, scale: float, weak: Model | Non
     if weak is not None:
         strong = with_label(model.denoiser, label)
         return clipped(guided(strong, with_label(weak.denoiser, label), scale))
-    return clipped(classifier_free(model.denoiser, label, scale))
+    null = model.spec.classes if model.spec.style.embedding.null else None
+    return clipped(classifier_free(model.denoiser, label, scale, null))
 
 
 def _steps(
-    model: Model, sampler: Sampler, denoise: Denoise, positions: range, seed: int, steps: int
+    model: Model,
+    sampler: Sampler,
+    denoise: Denoise,
+    positions: range,
+    seed: int,
+    grid: Sequence[NoiseLevel],
 ) -> Iterator[Step]:
     shape = (model.pictures.channels, model.pictures.height, model.pictures.width)
     device = next(model.net.parameters()).device
-    grid = levels(model.denoiser.schedule, steps)
     draw = partial(_draw, seed, positions, shape, device)
     return sampler(denoise, start(grid[0], draw(-1)), grid, noise=draw)
 

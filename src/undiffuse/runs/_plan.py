@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from undiffuse import cost, images, runtime
 from undiffuse.checkpoint import Checkpoints, Loaded, Model, Pictures
@@ -75,11 +75,12 @@ class Plan:
     request: Request
     config: RunConfig  # with every default settled
     data: images.Data
-    net: nn.Module  # on its device
+    net: UNet  # on its device
     denoiser: Denoiser
     recipe: Recipe
     pictures: Pictures
     runtime: runtime.Runtime
+    recompute: tuple[str, ...]  # layers whose activations are computed again, not kept
     step_seconds: float
     resumed: Loaded | None
     notes: tuple[str, ...]
@@ -90,7 +91,6 @@ class Plan:
 
     @property
     def spec(self) -> UNetSpec:
-        assert isinstance(self.net, UNet)
         return self.net.spec
 
     @property
@@ -115,6 +115,7 @@ class Gathered:
     device: torch.device
     resumed: Loaded | None
     initial: Model | None
+    recompute: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -134,10 +135,13 @@ def gather(request: Request) -> Gathered:
             notes += (f"init_from is not used: going on from step {resumed.step}",)
     wanted = request.config if resumed is None else _filled(request.config, resumed)
     config, spec = _settle(wanted, data, initial, resumed)
-    config = _fit_memory(spec, config, data.train.size, device)
+    config, recompute = _fit_memory(spec, config, data.train.size, device)
     if config.train.parts > wanted.train.parts:
         notes += (_parts_note(config),)
-    return Gathered(request, config, spec, data, device, resumed, initial, data.notes + notes)
+    if recompute and not config.runtime.gradient_checkpointing:
+        notes += (_recompute_note(recompute),)
+    notes = data.notes + notes
+    return Gathered(request, config, spec, data, device, resumed, initial, recompute, notes)
 
 
 def make_plan(gathered: Gathered) -> Plan:
@@ -145,7 +149,7 @@ def make_plan(gathered: Gathered) -> Plan:
     config, spec, data, resumed = gathered.config, gathered.spec, gathered.data, gathered.resumed
     net = _build(spec, config.train.seed, gathered.initial)
     runtime.move(net, gathered.device)
-    chosen = _choose_runtime(config, net, _example(spec, config, data.train.size), resumed)
+    chosen = _choose_runtime(gathered, net)
     schedule, prediction = meaning(config.model, data, resumed, gathered.initial)
     return Plan(
         request=gathered.request,
@@ -156,6 +160,7 @@ def make_plan(gathered: Gathered) -> Plan:
         recipe=recipe_of(config.model, schedule, prediction, spec),
         pictures=_pictures(data, spec),
         runtime=chosen,
+        recompute=gathered.recompute,
         step_seconds=chosen.seconds * config.train.train_batch_size,
         resumed=resumed,
         notes=(*gathered.notes, *meaning_notes(gathered.initial, schedule, prediction)),
@@ -167,6 +172,13 @@ def _parts_note(config: RunConfig) -> str:
     return (
         f"{train.train_batch_size} pictures at once do not fit in memory:"
         f" computed in {train.parts} parts (--gradient-accumulation-steps {train.parts})"
+    )
+
+
+def _recompute_note(recompute: tuple[str, ...]) -> str:
+    return (
+        f"one picture does not fit in memory with all that its backward pass wants: computing"
+        f" {len(recompute)} layers again instead (--gradient-checkpointing does so for all)"
     )
 
 
@@ -399,23 +411,30 @@ def _initial_spec(initial: Model, data: images.Data, classes: int) -> UNetSpec:
 
 def _fit_memory(
     spec: UNetSpec, config: RunConfig, size: tuple[int, int], device: torch.device
-) -> RunConfig:
-    """Settle in how many parts a batch is computed: as asked, or as few as fit in memory.
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """Settle in how many parts a batch is computed, and which layers are computed twice.
+
+    Parts as asked, or as few as fit in memory; layers again only where that is not enough, and as
+    few as needed.
 
     Raises:
-        ResourceError: the parts asked for, or single pictures, do not fit.
+        ResourceError: the parts asked for, or single pictures, do not fit even so.
     """
     train, have = config.train, runtime.memory(device) or math.inf
+    layers = tuple(cost.recomputable(spec, *size))
+    always = layers if config.runtime.gradient_checkpointing else ()
     asked = train.gradient_accumulation_steps
     few = (parts for parts in AUTOMATIC_PARTS if parts <= train.train_batch_size)
     tried = [
         replace(train, gradient_accumulation_steps=parts)
         for parts in (few if asked is None else (asked,))
     ]
-    needs = [cost.training_bytes(spec, *size, one.part_size) for one in tried]
-    for one, need in zip(tried, needs, strict=True):
+    ways = [(one, always) for one in tried]
+    ways += [(tried[-1], layers[: n + 1]) for n in range(len(always), len(layers))]
+    needs = [cost.training_bytes(spec, *size, one.part_size, again) for one, again in ways]
+    for (one, again), need in zip(ways, needs, strict=True):
         if need < MEMORY_SHARE * have:
-            return replace(config, train=one)
+            return replace(config, train=one), again
     raise ResourceError(
         f"train_batch_size {train.train_batch_size} at resolution {size[0]}x{size[1]} in"
         f" {tried[-1].parts} parts needs about {needs[-1] / 1e9:.0f} GB, this machine has"
@@ -438,13 +457,14 @@ def _build(spec: UNetSpec, seed: int, initial: Model | None) -> UNet:
     return net
 
 
-def _choose_runtime(
-    config: RunConfig, net: nn.Module, example: Example, resumed: Loaded | None
-) -> runtime.Runtime:
+def _choose_runtime(gathered: Gathered, net: UNet) -> runtime.Runtime:
+    config, resumed = gathered.config, gathered.resumed
+    example = _example(gathered.spec, config, gathered.data.train.size)
     if resumed is None or config.runtime.mixed_precision is not Precision.AUTO:
-        return runtime.decide(config.runtime, net, *example)
+        return runtime.decide(config.runtime, net, *example, gathered.recompute)
     stored = Precision.BF16 if resumed.state.get("bf16") else Precision.NO
-    chosen = runtime.decide(replace(config.runtime, mixed_precision=stored), net, *example)
+    asked = replace(config.runtime, mixed_precision=stored)
+    chosen = runtime.decide(asked, net, *example, gathered.recompute)
     return replace(chosen, reason="as in the checkpoint")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from undiffuse import images, runtime
+from undiffuse import images, kernels, runtime
 from undiffuse.checkpoint import Checkpoints, Model, RunLock, Snapshot, save_model
 from undiffuse.config import RunConfig, Tracker, flatten, override
 from undiffuse.errors import ConfigError, ResourceError
@@ -40,6 +40,7 @@ from undiffuse.runs._plan import (
     source_of,
 )
 from undiffuse.training import StepReport, TrainState, held_out_loss, train
+from undiffuse.unet import UNet
 
 LOG_EVERY = 10  # steps per line of metrics.jsonl; reading a loss makes a GPU wait
 HELD_OUT_MOST = 512  # held-out pictures in the loss that is taken while training
@@ -211,12 +212,12 @@ class _Run:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        bf16 = plan.runtime.bf16
         self.state = TrainState(
             plan.net,
             plan.denoiser,
             plan.config.train,
-            lambda net: runtime.callable_net(net, bf16),
+            lambda net: runtime.callable_net(_unet(net), plan.runtime.path, plan.recompute),
+            kernels if runtime.updates_by_kernels(plan.runtime.device) else None,
         )
         log = plan.config.log
         self.checkpoints = Checkpoints(plan.folder.checkpoints, log.checkpoints_total_limit)
@@ -365,6 +366,11 @@ class _Run:
             append_line(folder.log, text)
 
 
+def _unet(net: nn.Module) -> UNet:
+    assert isinstance(net, UNet)  # the plan's own, or the average's copy of it
+    return net
+
+
 def _info(plan: Plan, run_id: str) -> dict[str, Any]:
     train, held_out = plan.data.train, plan.data.held_out
     return {
@@ -375,6 +381,7 @@ def _info(plan: Plan, run_id: str) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in plan.net.parameters()),
         "device": str(plan.runtime.device),
         "precision": plan.runtime.precision.value,
+        "path": plan.runtime.path.value,
         "precision_reason": plan.runtime.reason,
         "environment": environment(),
     }

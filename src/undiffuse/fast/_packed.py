@@ -1,0 +1,63 @@
+"""Weights as inference wants them: rounded, repacked, and kept until a parameter changes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.fast._convolution import Winograd, kind_of
+
+# What torch's own compiler calls on processors; there are no public names.
+_library = torch.ops.mkldnn
+_reorder = torch.ops.aten.mkldnn_reorder_conv2d_weight
+
+
+class Packed:
+    """The packed weights of one network's convolutions."""
+
+    def __init__(self, dtype: torch.dtype, winograd: bool) -> None:
+        self.dtype, self.winograd = dtype, winograd
+        self._kept: dict[tuple[int, str], tuple[Tensor, tuple[int, int], Tensor]] = {}
+
+    def conv(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """conv(x) + residual, without gradients."""
+        kind = kind_of(conv, self.winograd)
+        if isinstance(kind, Winograd):
+            u = self.kept(conv.weight, "winograd", lambda w: kind.prepared(w, x))
+            return kind.forward(x, u, conv.bias, residual)
+        if conv.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            return self._by_library(conv, x, residual)
+        return self._plainly(conv, x, residual)
+
+    def kept(self, of: Tensor, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """make(of), made again when `of` was changed, moved or replaced."""
+        now = (of._version, of.data_ptr())
+        parameter, then, value = self._kept.get((id(of), name), (None, None, None))
+        if value is None or parameter is not of or then != now:
+            value = make(of.detach())
+            self._kept[id(of), name] = of, now, value
+        return value
+
+    def _by_library(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> Tensor:
+        """oneDNN on weights in its own order, with the sum in the same pass over the output."""
+        where = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        shape = list(x.shape)
+        w = self.kept(
+            conv.weight,
+            "library",
+            lambda w: _reorder(w.to(self.dtype).to_mkldnn(), *where, shape),
+        )
+        bias = None
+        if conv.bias is not None:
+            bias = self.kept(conv.bias, "bias", lambda b: b.to(self.dtype))
+        if residual is None:
+            return _library._convolution_pointwise(x, w, bias, *where, "none", [], "")
+        return _library._convolution_pointwise.binary(
+            x, residual, w, bias, *where, "add", 1.0, None, [], None
+        )
+
+    def _plainly(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> Tensor:
+        w = self.kept(conv.weight, "rounded", lambda w: w.to(self.dtype))
+        bias = None if conv.bias is None else conv.bias.to(self.dtype)
+        y = torch.conv2d(x, w, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return y if residual is None else y.add_(residual)
