@@ -9,8 +9,10 @@ Both kinds have the same three functions. Features are (b, c, h, w), channels la
 float32 parameters, brought to the features' precision where they are used.
 """
 
+import math
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -72,9 +74,26 @@ class Direct:
         return Gradients(dx, dw.to(weight.dtype), None if db is None else db.to(weight.dtype))
 
 
+class Workspace(threading.local):
+    """Memory that is used again: fresh pages cost as much time as the sums written to them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Whatever was there before, in this shape. Valid until `name` is taken again."""
+        size = math.prod(shape)
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)
+
+
 @dataclass(frozen=True)
 class Winograd:
     """F(2x2, 3x3), some pictures at a time."""
+
+    workspace: Workspace = field(default_factory=Workspace)
 
     def prepared(self, weight: Tensor, x: Tensor) -> Tensor:
         return kernels.winograd_weight(weight, x.dtype)
@@ -88,7 +107,9 @@ class Winograd:
             memory_format=torch.channels_last,
         )
         for part in _parts(x):
-            m = torch.bmm(kernels.winograd_input(x[part]), prepared.transpose(1, 2))
+            v = self._windows(x[part])
+            m = self.workspace.take("m", (*v.shape[:2], len(prepared[0])), x.dtype)
+            torch.bmm(v, prepared.transpose(1, 2), out=m)
             rest = None if residual is None else residual[part]
             kernels.winograd_output(m, _shape(y[part]), bias, rest, out=y[part])
         return y
@@ -99,11 +120,18 @@ class Winograd:
         dx = torch.empty_like(x)
         du = torch.zeros_like(prepared, dtype=torch.float32)
         for part in _parts(x):
-            dm = kernels.winograd_output_adjoint(dy[part])
-            du += torch.bmm(dm.transpose(1, 2), kernels.winograd_input(x[part]))
-            dx[part] = kernels.winograd_input_adjoint(torch.bmm(dm, prepared), _shape(x[part]))
+            v = self._windows(x[part])
+            dm = self.workspace.take("m", (*v.shape[:2], dy.shape[1]), dy.dtype)
+            kernels.winograd_output_adjoint(dy[part], out=dm)
+            du += torch.bmm(dm.transpose(1, 2), v)
+            torch.bmm(dm, prepared, out=v)  # the windows are done with: now their gradient
+            kernels.winograd_input_adjoint(v, _shape(x[part]), out=dx[part])
         dw = kernels.winograd_weight_backward(du, like=weight)
         return Gradients(dx, dw, None if bias is None else kernels.channel_sum(dy))
+
+    def _windows(self, x: Tensor) -> Tensor:
+        shape = (16, x.shape[0] * _tiles(x), x.shape[1])
+        return kernels.winograd_input(x, out=self.workspace.take("v", shape, x.dtype))
 
 
 def _shape(x: Tensor) -> tuple[int, int, int, int]:
@@ -111,20 +139,26 @@ def _shape(x: Tensor) -> tuple[int, int, int, int]:
     return b, c, h, w
 
 
+def _tiles(x: Tensor) -> int:
+    """Windows of one picture: 2x2 outputs each."""
+    return -(-x.shape[2] // 2) * -(-x.shape[3] // 2)
+
+
 def _parts(x: Tensor) -> Iterator[slice]:
     """Slices of the batch whose windows fit the cache together."""
-    windows = -(-x.shape[2] // 2) * -(-x.shape[3] // 2)
-    each = 16 * windows * x.shape[1] * x.element_size()
+    each = 16 * _tiles(x) * x.shape[1] * x.element_size()
     size = max(1, WINDOW_BYTES // each)
     for start in range(0, x.shape[0], size):
         yield slice(start, start + size)
 
 
-def kind_of(conv: nn.Conv2d, winograd: bool) -> Convolution:
-    """How a convolution is run: Winograd's way where `winograd` allows and it fits and pays."""
+def kind_of(conv: nn.Conv2d, winograd: Winograd | None) -> Convolution:
+    """How a convolution is run: `winograd`'s way where there is one and it fits and pays."""
     same = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
     wide = min(conv.in_channels, conv.out_channels) >= MIN_WIDTH
-    return Winograd() if winograd and same and wide else Direct(conv.kernel_size[0] // 2)
+    if winograd is not None and same and wide:
+        return winograd
+    return Direct(conv.kernel_size[0] // 2)
 
 
 MIN_WIDTH = 64  # channels: below, carrying windows to and fro costs more than the products saved

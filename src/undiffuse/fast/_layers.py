@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from undiffuse import kernels
 from undiffuse.fast._attention import attention
-from undiffuse.fast._convolution import kind_of
+from undiffuse.fast._convolution import Winograd, kind_of
 from undiffuse.fast._norm_act_conv import NOTHING, Heard, NormAct, NormActConv, Recipe
 from undiffuse.fast._packed import Packed
 from undiffuse.kernels import Act
@@ -42,8 +42,8 @@ class Fast:
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, winograd: bool = True) -> None:
         """`dtype` of features inside; `winograd`: 3x3 convolutions by F(2x2, 3x3)."""
-        self.dtype, self.winograd = dtype, winograd
-        self.packed = Packed(dtype, winograd)
+        self.dtype, self.winograd = dtype, Winograd() if winograd else None
+        self.packed = Packed(dtype, self.winograd)
         self.forms: dict[type[nn.Module], Callable[..., Tensor]] = {
             nn.Conv2d: self._conv,
             ResBlock: self._res,

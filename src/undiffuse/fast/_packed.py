@@ -15,7 +15,7 @@ _reorder = torch.ops.aten.mkldnn_reorder_conv2d_weight
 class Packed:
     """The packed weights of one network's convolutions."""
 
-    def __init__(self, dtype: torch.dtype, winograd: bool) -> None:
+    def __init__(self, dtype: torch.dtype, winograd: Winograd | None) -> None:
         self.dtype, self.winograd = dtype, winograd
         self._kept: dict[tuple[int, str], tuple[Tensor, tuple[int, int], Tensor]] = {}
 

@@ -50,6 +50,8 @@ def adamw_ema(
         threads(), len(params), _sizes(params), *(_addresses(tensors) for tensors in lists),
         lr, beta1, beta2, eps, weight_decay, step, grad_scale, ema_weight,
     )  # fmt: skip
+    # Whoever keeps something made of these tensors sees by their versions that they have changed.
+    torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq, *ema])
 
 
 def squared_norm(grads: Sequence[Tensor]) -> Tensor:

@@ -80,7 +80,9 @@ def winograd_input(x: Tensor, out: Tensor | None = None) -> Tensor:
     return v
 
 
-def winograd_input_adjoint(dv: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def winograd_input_adjoint(
+    dv: Tensor, shape: tuple[int, int, int, int], out: Tensor | None = None
+) -> Tensor:
     """The transpose of `winograd_input`: dx of `shape` (b, c, h, w), channels_last.
 
     Raises:
@@ -89,7 +91,10 @@ def winograd_input_adjoint(dv: Tensor, shape: tuple[int, int, int, int]) -> Tens
     b, c, h, w = _checked_shape(shape)
     check.typed("dv", dv)
     check.dense("dv", dv, (16, tiles(b, h, w), c), dv.dtype)
-    dx = _features(shape, dv.dtype)
+    dx = _features(shape, dv.dtype) if out is None else out
+    check.features("out", dx)
+    if tuple(dx.shape) != (b, c, h, w) or dx.dtype != dv.dtype:
+        raise ConfigError(f"out must be {dv.dtype} {shape}; got {dx.dtype} {tuple(dx.shape)}")
     library().undiffuse_winograd_input_adjoint(
         is_bf16(dv), threads(), b, h, w, c, dv.data_ptr(), dx.data_ptr()
     )
