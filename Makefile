@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_FLAGS := --disable-pip-version-check -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup setup-dev demo test test-fast check format wheel studies clean
+.PHONY: setup setup-dev demo test test-fast check format wheel studies bench bench-quick clean
 
 setup: $(VENV)/.setup
 setup-dev: $(VENV)/.setup-dev
@@ -53,6 +53,17 @@ wheel: setup-dev
 # Measure the claims of docs/studies.md again; goes on where it was interrupted.
 studies: setup
 	$(BIN)/python studies/run.py
+
+# Speed and memory against other projects; everything is added to benchmarks/results and drawn into
+# docs/performance.md. Checkouts of peers: make bench BENCH_FLAGS='--peer-path DIR'
+BENCH_FLAGS ?=
+bench: setup-dev
+	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/page.py
+
+# The headline figures, one line of JSON each, in less than ten minutes on two cores.
+bench-quick: setup-dev
+	@$(BIN)/python -m benchmarks.run --quick $(BENCH_FLAGS)
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

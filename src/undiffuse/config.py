@@ -260,6 +260,9 @@ class SampleConfig(Checked):
     class_label: tuple[str, ...] = option((), "class names or numbers (default: all in turn)")
     seed: int = option(0, "picture n depends on (seed, n) alone", 0, below=2**63)
     batch_size: int = option(64, "pictures computed at once; does not change them", 1)
+    mixed_precision: Precision = option(
+        Precision.AUTO, "bf16 inside the network; auto: where it is wide and the machine fast at it"
+    )
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def choose(net: UNet, mixed_precision: Precision = Precision.AUTO) -> Runtime:
             pass
     if width_of(net) < WIDE:
         return Runtime(device, Path.PLAIN, f"narrower than {WIDE} channels", 0.0)
-    if not _has_bf16(device):
+    if not has_bf16(device):
         return Runtime(device, Path.PLAIN, f"{device.type} is not fast in bfloat16", 0.0)
     return Runtime(device, half, reason, 0.0)
 
@@ -241,7 +241,8 @@ def width_of(net: UNet) -> int:
     return next(iter(trace(net.spec))).out_width
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 faster than float32."""
     match device.type:
         case "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -281,7 +282,7 @@ def _fixed(config: RuntimeConfig, device: torch.device) -> tuple[Path, str] | No
     """The path and its reason, where nothing needs to be timed."""
     if config.mixed_precision is Precision.NO:
         return Path.PLAIN, "as asked"
-    if device.type == "cuda" and not _has_bf16(device):
+    if device.type == "cuda" and not has_bf16(device):
         return Path.PLAIN, "this GPU has no bf16"
     if config.mixed_precision is Precision.BF16:
         path, why = half_path(device, config.torch_compile)

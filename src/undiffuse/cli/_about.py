@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from undiffuse import __version__, runs, runtime
+from undiffuse import __version__, kernels, runs, runtime
 from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Output
 from undiffuse.config import Device
@@ -52,13 +52,23 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield from ((name, _version(name)) for name in LIBRARIES)
     yield "cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     yield "threads", str(torch.get_num_threads())
-    yield "device", str(runtime.choose_device(Device.AUTO))
+    device = runtime.choose_device(Device.AUTO)
+    yield "device", str(device)
+    yield "bf16", "fast here" if runtime.has_bf16(device) else "not fast here: float32 by default"
+    yield "kernels", kernels.describe() if kernels.why_not() is None else str(kernels.why_not())
+    yield "convolutions", _convolutions(device)
     if torch.cuda.is_available():
         yield "gpu", torch.cuda.get_device_name()
     yield "tensorboard", _version("tensorboard")
     if util.find_spec("torchvision"):
         advice = "undiffuse does not need it; one that does not match torch breaks diffusers"
         yield "torchvision", f"{_version('torchvision')} ({advice})"
+
+
+def _convolutions(device: torch.device) -> str:
+    if runtime.half_path(device)[0] is not runtime.Path.KERNELS:
+        return "torch's own"
+    return "3x3 by Winograd in bf16" if runtime.winograd_pays() else "direct: this CPU has AMX"
 
 
 def _version(name: str) -> str:

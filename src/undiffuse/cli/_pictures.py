@@ -67,6 +67,7 @@ def _generate(
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
+        mixed_precision=config.mixed_precision,
         on_step=on_step,
     )
 

@@ -138,6 +138,7 @@ def _samples(model: Model, config: SampleConfig, progress: Callable[[int, int], 
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
+        mixed_precision=config.mixed_precision,
         on_step=on_step,
     )
 

@@ -38,8 +38,8 @@ def load(
     Raises:
         CheckpointError: nothing is there, or it is damaged; the message says what is whole.
     """
-    where = runtime.choose_device(_choice("device", Device, device))
-    model = _read(Path(path), _choice("weights", Weights, weights), checkpoint)
+    where = runtime.choose_device(choice("device", Device, device))
+    model = _read(Path(path), choice("weights", Weights, weights), checkpoint)
     runtime.move(model.net, where)
     return model
 
@@ -64,7 +64,12 @@ def missing_run(path: Path) -> str:
     return f"No run or model file at {path}.{hint}{there}"
 
 
-def _choice(name: str, kind: type[ChoiceT], value: str) -> ChoiceT:
+def choice(name: str, kind: type[ChoiceT], value: str) -> ChoiceT:
+    """The member of that value.
+
+    Raises:
+        ConfigError: there is none; the message lists them.
+    """
     try:
         return kind(value)
     except ValueError:
