@@ -4,6 +4,7 @@ They know arithmetic only: no gradients are recorded, and every function says in
 what the way back is made of. Importing this package looks for no compiler; `why_not()` does.
 """
 
+from undiffuse.kernels._build import cache_folder
 from undiffuse.kernels._library import describe, why_not
 from undiffuse.kernels._norm import Act, Gradients, norm_act, norm_act_again, norm_act_backward
 from undiffuse.kernels._optimiser import adamw_ema, squared_norm
@@ -21,6 +22,7 @@ __all__ = [
     "Act",
     "Gradients",
     "adamw_ema",
+    "cache_folder",
     "channel_sum",
     "describe",
     "norm_act",
