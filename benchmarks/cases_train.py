@@ -37,11 +37,11 @@ from benchmarks.peers import (
     light_twins,
     prepared,
 )
-from undiffuse import cost
+from undiffuse import cost, kernels
 from undiffuse.config import TrainConfig
 from undiffuse.denoiser import Denoiser
 from undiffuse.noise import NoiseLevel
-from undiffuse.runtime import Path, move
+from undiffuse.runtime import Path, move, updates_by_kernels
 from undiffuse.training import TrainState
 from undiffuse.unet import UNet
 
@@ -136,7 +136,9 @@ def our_trainer(denoiser: Denoiser, path: Path) -> Trainer:
     """As `undiffuse train`: `TrainState.advance` clips, takes an AdamW step and averages."""
     net = _unet(denoiser.net)
     config = TrainConfig(learning_rate=RATE, lr_warmup_steps=0, max_train_steps=10**9)
-    state = TrainState(net.train(), denoiser, config, lambda one: ours(_unet(one), path))
+    device = next(net.parameters()).device
+    fused = kernels if updates_by_kernels(device) else None
+    state = TrainState(net.train(), denoiser, config, lambda one: ours(_unet(one), path), fused)
 
     def learn(x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         level = denoiser.schedule(timestep.double().cpu() / 999).like(x0)

@@ -6,12 +6,13 @@ additions, and what lies between is 16 matrix products. Bfloat16 rounding enters
 about twice the error of a direct convolution in bfloat16.
 
 Both kinds have the same three functions. Features are (b, c, h, w), channels last; weights are the
-float32 parameters, brought to the features' precision where they are used.
+float32 parameters, brought to the features' precision where they are used. On the way back, what a
+source gives is written over.
 """
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -20,58 +21,93 @@ from torch import Tensor, nn
 
 from undiffuse import kernels
 
+Shape = tuple[int, int, int, int]  # of the input: b, c, h, w
 WINDOW_BYTES = 8 * 2**20  # of transformed input at a time: what stays in the last cache
 
 
-class Gradients(NamedTuple):
-    """Of a convolution's input, and (float32) of its weight and bias."""
+Source = Callable[[slice], Tensor]  # some pictures of the batch -> their features
+Sink = Callable[[slice, Tensor], None]  # takes the gradient of what the source gave
+ALL = slice(None)
 
-    x: Tensor
+
+class Gradients(NamedTuple):
+    """Of a convolution's weight and bias, float32."""
+
     weight: Tensor
     bias: Tensor | None
 
 
 @runtime_checkable
 class Convolution(Protocol):
-    """A 'same' convolution: how to prepare its weight, run it, and run it backwards."""
+    """A 'same' convolution: how to prepare its weight, run it, and run it backwards.
 
-    def prepared(self, weight: Tensor, x: Tensor) -> Tensor: ...
+    It asks for its input a part of the batch at a time, so that what can be computed from something
+    smaller never has to exist as a whole.
+    """
+
+    def prepared(self, weight: Tensor, dtype: torch.dtype) -> Tensor: ...
 
     def forward(
-        self, x: Tensor, prepared: Tensor, bias: Tensor | None, residual: Tensor | None
+        self,
+        source: Source,
+        shape: Shape,
+        prepared: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor: ...
 
     def backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, prepared: Tensor, bias: Tensor | None
+        self,
+        dy: Tensor,
+        source: Source,
+        sink: Sink,
+        shape: Shape,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Gradients: ...
 
 
 @dataclass(frozen=True)
 class Direct:
-    """The library's convolution, with stride 1."""
+    """The library's convolution, with stride 1, of the whole batch at once."""
 
     padding: int
 
-    def prepared(self, weight: Tensor, x: Tensor) -> Tensor:
-        return weight.to(x.dtype)
+    def prepared(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype)
 
     def forward(
-        self, x: Tensor, prepared: Tensor, bias: Tensor | None, residual: Tensor | None
+        self,
+        source: Source,
+        shape: Shape,
+        prepared: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
-        bias = None if bias is None else bias.to(x.dtype)
-        y = torch.conv2d(x, prepared, bias, padding=self.padding)
+        bias = None if bias is None else bias.to(prepared.dtype)
+        y = torch.conv2d(source(ALL), prepared, bias, padding=self.padding)
         return y if residual is None else y.add_(residual)
 
     def backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, prepared: Tensor, bias: Tensor | None
+        self,
+        dy: Tensor,
+        source: Source,
+        sink: Sink,
+        shape: Shape,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Gradients:
+        x = source(ALL)
         sizes = None if bias is None else [bias.shape[0]]
         both = [self.padding, self.padding]
         needed = [True, True, bias is not None]
         dx, dw, db = torch.ops.aten.convolution_backward(
-            dy, x, prepared, sizes, [1, 1], both, [1, 1], False, [0, 0], 1, needed
-        )
-        return Gradients(dx, dw.to(weight.dtype), None if db is None else db.to(weight.dtype))
+            dy, x, self.prepared(weight, x.dtype), sizes,
+            [1, 1], both, [1, 1], False, [0, 0], 1, needed,
+        )  # fmt: skip
+        del x
+        sink(ALL, dx)
+        return Gradients(dw.to(weight.dtype), None if db is None else db.to(weight.dtype))
 
 
 class Workspace(threading.local):
@@ -95,60 +131,71 @@ class Winograd:
 
     workspace: Workspace = field(default_factory=Workspace)
 
-    def prepared(self, weight: Tensor, x: Tensor) -> Tensor:
-        return kernels.winograd_weight(weight, x.dtype)
+    def prepared(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return kernels.winograd_weight(weight, dtype)
 
     def forward(
-        self, x: Tensor, prepared: Tensor, bias: Tensor | None, residual: Tensor | None
+        self,
+        source: Source,
+        shape: Shape,
+        prepared: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
+        b, _, h, w = shape
         y = torch.empty(
-            (x.shape[0], prepared.shape[1], *x.shape[2:]),
-            dtype=x.dtype,
-            memory_format=torch.channels_last,
+            (b, prepared.shape[1], h, w), dtype=prepared.dtype, memory_format=torch.channels_last
         )
-        for part in _parts(x):
-            v = self._windows(x[part])
-            m = self.workspace.take("m", (*v.shape[:2], len(prepared[0])), x.dtype)
+        for part in _parts(shape, y.element_size()):
+            v = self._windows(source(part))
+            m = self.workspace.take("m", (*v.shape[:2], y.shape[1]), y.dtype)
             torch.bmm(v, prepared.transpose(1, 2), out=m)
             rest = None if residual is None else residual[part]
             kernels.winograd_output(m, _shape(y[part]), bias, rest, out=y[part])
         return y
 
     def backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, prepared: Tensor, bias: Tensor | None
+        self,
+        dy: Tensor,
+        source: Source,
+        sink: Sink,
+        shape: Shape,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Gradients:
-        dx = torch.empty_like(x)
+        prepared = self.prepared(weight, dy.dtype)
         du = torch.zeros_like(prepared, dtype=torch.float32)
-        for part in _parts(x):
-            v = self._windows(x[part])
+        for part in _parts(shape, dy.element_size()):
+            x = source(part)
+            v = self._windows(x)
             dm = self.workspace.take("m", (*v.shape[:2], dy.shape[1]), dy.dtype)
             kernels.winograd_output_adjoint(dy[part], out=dm)
             du += torch.bmm(dm.transpose(1, 2), v)
             torch.bmm(dm, prepared, out=v)  # the windows are done with: now their gradient
-            kernels.winograd_input_adjoint(v, _shape(x[part]), out=dx[part])
+            sink(part, kernels.winograd_input_adjoint(v, _shape(x), out=x))  # so is x
         dw = kernels.winograd_weight_backward(du, like=weight)
-        return Gradients(dx, dw, None if bias is None else kernels.channel_sum(dy))
+        return Gradients(dw, None if bias is None else kernels.channel_sum(dy))
 
     def _windows(self, x: Tensor) -> Tensor:
-        shape = (16, x.shape[0] * _tiles(x), x.shape[1])
+        shape = (16, x.shape[0] * _tiles(_shape(x)), x.shape[1])
         return kernels.winograd_input(x, out=self.workspace.take("v", shape, x.dtype))
 
 
-def _shape(x: Tensor) -> tuple[int, int, int, int]:
+def _shape(x: Tensor) -> Shape:
     b, c, h, w = x.shape
     return b, c, h, w
 
 
-def _tiles(x: Tensor) -> int:
+def _tiles(shape: Shape) -> int:
     """Windows of one picture: 2x2 outputs each."""
-    return -(-x.shape[2] // 2) * -(-x.shape[3] // 2)
+    return -(-shape[2] // 2) * -(-shape[3] // 2)
 
 
-def _parts(x: Tensor) -> Iterator[slice]:
+def _parts(shape: Shape, bytes_each: int) -> Iterator[slice]:
     """Slices of the batch whose windows fit the cache together."""
-    each = 16 * _tiles(x) * x.shape[1] * x.element_size()
-    size = max(1, WINDOW_BYTES // each)
-    for start in range(0, x.shape[0], size):
+    picture = 16 * _tiles(shape) * shape[1] * bytes_each
+    size = max(1, WINDOW_BYTES // picture)
+    for start in range(0, shape[0], size):
         yield slice(start, start + size)
 
 

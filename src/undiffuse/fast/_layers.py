@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from undiffuse import kernels
 from undiffuse.fast._attention import attention
 from undiffuse.fast._convolution import Winograd, kind_of
-from undiffuse.fast._norm_act_conv import NOTHING, Heard, NormAct, NormActConv, Recipe
+from undiffuse.fast._norm_act_conv import (
+    NOTHING,
+    Heard,
+    NormAct,
+    NormActConv,
+    Recipe,
+    shape_of,
+)
 from undiffuse.fast._packed import Packed
 from undiffuse.kernels import Act
 from undiffuse.spec import Activation, Downsampling, Inject, Order
@@ -147,7 +154,7 @@ class Fast:
     def _conv(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = self._laid_out(x)
         if _frozen():
-            return self.packed.conv(conv, x, residual)
+            return self.packed.conv(conv, lambda part: x[part], shape_of(x), residual)
         bias = None if conv.bias is None else conv.bias.to(x.dtype)
         y = torch.conv2d(x, conv.weight.to(x.dtype), bias, conv.stride, conv.padding)
         return y if residual is None else y + residual
@@ -169,8 +176,13 @@ class Fast:
     ) -> Tensor:
         groups, eps = norm.num_groups, norm.eps
         if _frozen():
-            a, _ = kernels.norm_act(x, norm.weight, norm.bias, groups, eps, act, *heard)
-            return self.packed.conv(conv, a, residual)
+            gain, offset = norm.weight, norm.bias
+
+            def activated(part: slice) -> Tensor:
+                given = (gain, offset, groups, eps, act)
+                return kernels.norm_act(x[part], *given, *heard.of(part))[0]
+
+            return self.packed.conv(conv, activated, shape_of(x), residual)
         recipe = Recipe(groups, eps, act, kind_of(conv, self.winograd), dropout)
         return NormActConv.apply(
             recipe, x, norm.weight, norm.bias, *heard, conv.weight, conv.bias, residual

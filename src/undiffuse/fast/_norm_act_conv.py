@@ -6,13 +6,14 @@ in one cheap pass.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from undiffuse import kernels
-from undiffuse.fast._convolution import Convolution
+from undiffuse.fast._convolution import Convolution, Shape
 from undiffuse.kernels import Act
 
 
@@ -54,6 +55,10 @@ class Heard(NamedTuple):
     scale: Tensor | None = None
     shift: Tensor | None = None
 
+    def of(self, part: slice) -> "Heard":
+        """What some pictures of the batch hear."""
+        return Heard(*(None if rows is None else rows[part] for rows in self))
+
 
 NOTHING = Heard()
 
@@ -75,32 +80,62 @@ class NormActConv(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        a, stats = kernels.norm_act(
-            x, gain, offset, recipe.groups, recipe.eps, recipe.act, add, scale, shift
-        )
-        mask = _mask(a, recipe.dropout)
-        if mask is not None:
-            a *= mask
+        mask = _mask(x, recipe.dropout)
+        stats = torch.empty(len(x), recipe.groups, 2)
+        heard = Heard(add, scale, shift)
+
+        def activated(part: slice) -> Tensor:
+            a, stats[part] = kernels.norm_act(
+                x[part], gain, offset, recipe.groups, recipe.eps, recipe.act, *heard.of(part)
+            )
+            return a if mask is None else a.mul_(mask[part])
+
+        prepared = recipe.conv.prepared(weight, x.dtype)
+        y = recipe.conv.forward(activated, shape_of(x), prepared, bias, residual)
         ctx.recipe = recipe
-        ctx.save_for_backward(x, stats, gain, offset, add, scale, shift, weight, bias, mask)
-        return recipe.conv.forward(a, recipe.conv.prepared(weight, a), bias, residual)
+        ctx.save_for_backward(x, stats, gain, offset, *heard, weight, bias, mask)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, gain, offset, add, scale, shift, weight, bias, mask = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         dy = grad_outputs[0].contiguous(memory_format=torch.channels_last)
-        a = kernels.norm_act_again(x, stats, gain, offset, recipe.act, add, scale, shift)
-        if mask is not None:
-            a *= mask
-        prepared = recipe.conv.prepared(weight, a)
-        da, dweight, dbias = recipe.conv.backward(dy, a, weight, prepared, bias)
-        if mask is not None:
-            da *= mask
-        d = kernels.norm_act_backward(da, x, stats, gain, offset, recipe.act, add, scale, shift)
+        heard, dx = Heard(add, scale, shift), torch.empty_like(x)
+        slopes: list[kernels.Gradients] = []
+
+        def activated(part: slice) -> Tensor:
+            known = stats[part], gain, offset, recipe.act
+            a = kernels.norm_act_again(x[part], *known, *heard.of(part))
+            return a if mask is None else a.mul_(mask[part])
+
+        def through_norm(part: slice, da: Tensor) -> None:
+            if mask is not None:
+                da = da.mul_(mask[part])
+            known = x[part], stats[part], gain, offset, recipe.act, *heard.of(part)
+            slopes.append(kernels.norm_act_backward(da, *known, out=dx[part]))
+
+        shape = shape_of(x)
+        dweight, dbias = recipe.conv.backward(dy, activated, through_norm, shape, weight, bias)
+        dgain, doffset = (reduce(torch.add, parts) for parts in _columns(slopes, 1, 3))
+        dheard = (_joined(parts) for parts in _columns(slopes, 3, 6))
         residual = dy if ctx.needs_input_grad[9] else None
-        first = (None, d.x, d.weight, d.bias, d.add, d.scale, d.shift)
-        return (*first, dweight, dbias, residual)
+        return None, dx, dgain, doffset, *dheard, dweight, dbias, residual
+
+
+def shape_of(x: Tensor) -> Shape:
+    """(b, c, h, w) as plain numbers."""
+    b, c, h, w = x.shape
+    return b, c, h, w
+
+
+def _columns(slopes: list[kernels.Gradients], first: int, end: int) -> list[list[Any]]:
+    return [[part[i] for part in slopes] for i in range(first, end)]
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def _mask(a: Tensor, dropout: float) -> Tensor | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from undiffuse.fast._convolution import Winograd, kind_of
+from undiffuse.fast._convolution import ALL, Shape, Source, Winograd, kind_of
 
 # What torch's own compiler calls on processors; there are no public names.
 _library = torch.ops.mkldnn
@@ -19,12 +19,15 @@ class Packed:
         self.dtype, self.winograd = dtype, winograd
         self._kept: dict[tuple[int, str], tuple[Tensor, tuple[int, int], Tensor]] = {}
 
-    def conv(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """conv(x) + residual, without gradients."""
+    def conv(
+        self, conv: nn.Conv2d, source: Source, shape: Shape, residual: Tensor | None = None
+    ) -> Tensor:
+        """conv(x) + residual, without gradients, x of `shape` from `source`."""
         kind = kind_of(conv, self.winograd)
         if isinstance(kind, Winograd):
-            u = self.kept(conv.weight, "winograd", lambda w: kind.prepared(w, x))
-            return kind.forward(x, u, conv.bias, residual)
+            u = self.kept(conv.weight, "winograd", lambda w: kind.prepared(w, self.dtype))
+            return kind.forward(source, shape, u, conv.bias, residual)
+        x = source(ALL)
         if conv.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             return self._by_library(conv, x, residual)
         return self._plainly(conv, x, residual)

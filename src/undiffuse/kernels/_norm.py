@@ -97,8 +97,12 @@ def norm_act_backward(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Gradients:
     """Gradients of sum(dy * y) for all that y depends on; float32 except that of x.
+
+    Args:
+        out: like x; where its gradient is written.
 
     Raises:
         ConfigError: an argument has another shape, type, device or memory format.
@@ -107,7 +111,9 @@ def norm_act_backward(
     _check_stats(stats, x)
     check.alike("dy", dy, x)
     b, c, h, w = x.shape
-    dx = torch.empty_like(x, memory_format=check.LAST)
+    if out is not None:
+        check.alike("out", out, x)
+    dx = torch.empty_like(x, memory_format=check.LAST) if out is None else out
     du, dun = x.new_empty((2, b, c), dtype=torch.float32).unbind()
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     dadd = None if add is None else torch.empty_like(add)
