@@ -73,6 +73,7 @@ def batches(bench: Bench, make: Callable[[Bench], Twins] = ddpm_twins) -> Iterat
         peer=statistics.median(pairs.peer),
         unit="s",
         ratio=statistics.median(shares),
+        width=(high - low) / statistics.median(shares),
         spread=(low, high),
         of="seconds to make a batch / seconds of a training step",
         target="<= 0.02",

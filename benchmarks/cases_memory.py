@@ -147,7 +147,7 @@ def _theirs(folder: Path, told: Numbers, device: torch.device, form: Form) -> Tr
     twins.theirs.load_state_dict(load_file(folder / "theirs.safetensors"))
     peer = prepared(twins, form, copied=False)
     peer.net.train()
-    return their_trainer(peer)
+    return their_trainer(peer, fused=form != AS_IT_COMES)
 
 
 _SIDES = {"ours": _ours, "default": _default, "tuned": _tuned}

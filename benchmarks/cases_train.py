@@ -174,16 +174,17 @@ def their_step(given: Lesson, form: Form) -> Callable[[], Tensor]:
     allowed = FLOAT32 if form.arithmetic is Arithmetic.FLOAT32 else BFLOAT16
     found = their_gradients(given, peer)
     check_gradients(f"{given.name} {form.label}", found, given.gradients, allowed)
-    trainer = their_trainer(peer)
+    trainer = their_trainer(peer, fused=form != AS_IT_COMES)
     return lambda: trainer.learn(given.x0, given.noise, given.timestep)
 
 
-def their_trainer(peer: Prepared) -> Trainer:
-    """As in the training scripts of diffusers: clipped gradients and torch's AdamW as it comes."""
+def their_trainer(peer: Prepared, fused: bool) -> Trainer:
+    """As in the training scripts of diffusers: clipped gradients and torch's AdamW, as it comes or
+    (a tuned form) by torch's own kernel for all of it."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     parameters = list(peer.net.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=fused or None)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
 
     def update(loss: Tensor) -> None:

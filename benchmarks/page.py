@@ -31,18 +31,19 @@ HOW = """## How it is measured
 - **Equality first.** The peer's network is made with random weights, none of them zero, and ours
   imports them. Outputs must agree before anything is timed: within 1e-5 of their largest value in
   float32, 2e-2 in bfloat16. For training steps all gradients together must agree within the same
-  limits, and those of every parameter within five times as much. Otherwise there is no number.
+  limits, and those of every parameter within five times as much (of its own length, or of 1 % of
+  the longest where it is shorter). Otherwise there is no number.
 - **The peer** is diffusers as it comes (float32, NCHW, eager) and in its *fastest form*: of
   float32, bf16 autocast and bf16 weights, NCHW and channels_last, eager and compiled, every
   combination is measured once and the fastest taken (in training without bf16 weights, which lose
-  small updates and so train something else). A quick run takes the form that is known from before;
-  the first one compiles only the two that are fastest eager.
+  small updates and so train something else, and with torch's fused AdamW). A quick run takes the
+  form that is known from before; the first one compiles only the two that are fastest eager.
 - **Ours** is the path that `undiffuse sample` takes by itself. Our training step also averages the
   weights (EMA); the peers' is what diffusers' scripts do, without an average.
 - **In one process**, with the same threads and inputs. Both sides are called until two medians in a
-  row agree within 3 %, then timed in the order A B B A A B …, at least seven pairs (quick: five; of
-  the 64 pictures three). The ratio is the median of the paired ratios, the brackets are its
-  bootstrap 95 % interval. Compiling is timed by itself.
+  row agree within 3 % or the rounds run out, then timed in the order A B B A A B …, at least seven
+  pairs (quick: five; of the 64 pictures three). The ratio is the median of the paired ratios, the
+  brackets are its bootstrap 95 % interval. Compiling is timed by itself.
 - **The floor** is every convolution, linear layer and attention product of one forward pass run
   alone in bfloat16 and channels last, plus the traffic that cannot be avoided at the speed of a
   copy: norms read and write their features once, and in training AdamW its 28 bytes per parameter.
@@ -52,7 +53,8 @@ HOW = """## How it is measured
   a few are timed and multiplied by 1000. Which pictures are better is not compared here.
 - **Exponents** are fitted to logarithms; the target is what arithmetic predicts, plus 0.1.
 - A line is **not usable** where the load average before or after was above threads + 0.5, or the
-  interval is wider than 15 % of what was timed. It is shown, but proves nothing.
+  interval is wider than 15 % of what was timed (fitted exponents have their own error instead). It
+  is shown, but proves nothing.
 - The same cases run on a GPU where torch finds one. **That part has not been run.**
 """
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from programs import specs
 from undiffuse import kernels
-from undiffuse.fast import Fast, _attention, _convolution, _layers
+from undiffuse.fast import Fast, _attention, _convolution, _layers, _packed
 from undiffuse.recipes import adm_family, ddpm_family, ddpmpp_family
 from undiffuse.spec import Style, UNetSpec
 from undiffuse.unet import ResBlock, UNet
@@ -113,6 +113,13 @@ def test_any_program_in_any_style(spec: UNetSpec, side: tuple[int, int], winogra
     scale = float(wanted.norm()) + 1.0
     assert float((got - wanted).norm()) < 1e-3 * scale
     assert worst(quick, {name: g.float() for name, g in plain.items()})[0] < 5e-3
+    fast = Fast(torch.float32, winograd)
+    with torch.no_grad():
+        for _ in range(2):  # the second time with the weights as they were packed
+            assert float((net(*given, fast) - wanted).norm()) < 1e-3 * scale
+        fewer = [None if v is None else v[:1] for v in given]
+        one = net(*fewer, fast)
+    assert float((one - wanted[:1]).norm()) < 1e-3 * scale
 
 
 @pytest.mark.parametrize("winograd", [True, False])
@@ -148,6 +155,64 @@ def test_packed_weights_follow_every_change_of_the_parameters() -> None:
         conv = net.get_submodule("layers.00_conv")
         conv.weight = nn.Parameter(conv.weight * 2)
         assert error(net(*given, fast), net(*given)) < 1e-5
+
+
+def test_no_path_through_the_layers_twice() -> None:
+    """A second derivative would miss what the kernels do; it is refused, not wrong."""
+    net, given = awake(DDPM), inputs(DDPM)
+    x = given[0].requires_grad_()
+    y = net(x, *given[1:], Fast(torch.float32))
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    """Kernels write float32 where they say so, whatever torch makes by default."""
+    net, given, before = awake(DDPM), inputs(DDPM), torch.get_default_dtype()
+    wanted, plain = gradients(net, given, None)
+    torch.set_default_dtype(dtype)
+    try:
+        got, quick = gradients(net, given, Fast(torch.float32))
+        with torch.no_grad():
+            frozen = net(*given, Fast(torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    assert error(got, wanted) < 1e-5
+    assert error(frozen, wanted) < 1e-5
+    assert worst(quick, plain)[0] < 2e-5
+
+
+def test_without_gradients_in_any_way() -> None:
+    """One that was used in inference mode goes on outside of it."""
+    net, given, fast = awake(DDPM), inputs(DDPM), Fast(torch.float32)
+    with torch.inference_mode():
+        inside = net(*given, fast).clone()
+        made_inside = awake(DDPM)
+        again = made_inside(*given, Fast(torch.float32)).clone()
+    with torch.no_grad():
+        outside = net(*given, fast)
+    assert torch.equal(inside, outside)
+    assert torch.equal(inside, again)
+    assert error(net(*given, fast).detach(), outside) < 1e-5
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    net, given, fast = awake(DDPM), inputs(DDPM), Fast(torch.float32)
+    with torch.no_grad():
+        wanted = net(*given, fast)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(net(*given, fast), wanted)
+
+
+def test_processors_that_cannot_pack_bfloat16_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, given = awake(DDPM), inputs(DDPM)
+    with torch.no_grad():
+        wanted = net(*given, Fast(torch.bfloat16))
+        monkeypatch.setattr(_packed, "_packs", lambda x: False)
+        got = net(*given, Fast(torch.bfloat16))
+    assert error(got, wanted) < 3e-2
 
 
 def test_one_embedding_serves_pictures_that_share_the_level() -> None:

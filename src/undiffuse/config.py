@@ -234,7 +234,7 @@ class RuntimeConfig(Checked):
     gradient_checkpointing: bool = option(
         False, "compute activations again instead of keeping them; automatic where memory is short"
     )
-    torch_compile: bool = option(False, "compile the network: minutes at first, then kept")
+    torch_compile: bool = option(False, "compile a bf16 network: minutes at first, then kept")
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,11 @@ class SampleConfig(Checked):
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none")
     class_label: tuple[str, ...] = option((), "class names or numbers (default: all in turn)")
     seed: int = option(0, "picture n depends on (seed, n) alone", 0, below=2**63)
-    batch_size: int = option(64, "pictures computed at once; does not change them", 1)
+    batch_size: int = option(64, "pictures computed at once; changes rounding only", 1)
     mixed_precision: Precision = option(
         Precision.AUTO, "bf16 inside the network; auto: where it is wide and the machine fast at it"
     )
+    torch_compile: bool = option(False, "compile a bf16 network: minutes at first, then kept")
 
 
 @dataclass(frozen=True)

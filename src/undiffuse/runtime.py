@@ -12,6 +12,7 @@ Weights, preconditioning, loss and averages stay float32 on every path.
 
 import copy
 import ctypes
+import math
 import os
 import platform
 import time
@@ -54,7 +55,7 @@ class Runtime:
     device: torch.device
     path: Path
     reason: str
-    seconds: float  # that one picture takes, forward and backward
+    seconds: float = math.nan  # that one picture takes, forward and backward, where it was timed
 
     @property
     def bf16(self) -> bool:
@@ -109,13 +110,15 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    told = [mallopt(option, value) for option, value in MALLOPT.items()]
-    return all(told)
+    # Older versions refuse a threshold above 32 MB. Without any, the other two would make it worse.
+    if not any(mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_TOP_PAD, 2**26))
 
 
-# malloc.h: M_TRIM_THRESHOLD (memory kept at the top), M_TOP_PAD (taken at a time) and
-# M_MMAP_THRESHOLD (from where on pieces come from the system one by one). Values are C ints.
-MALLOPT = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
+# malloc.h: how much free memory is kept at the top, how much is taken at a time, and from what size
+# on a piece comes from the system by itself. Values are C ints.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 # --- the paths ----------------------------------------------------------------------------------
@@ -125,13 +128,16 @@ def callable_net(net: UNet, path: Path = Path.PLAIN, recompute: Collection[str] 
     """The network as `Denoiser` calls it, on one of the paths.
 
     With gradients switched on they reach the float32 parameters of `net`; without, rounded weights
-    are kept until a parameter changes.
+    are kept until a parameter changes (not through `.data`, which torch does not count). Forward
+    hooks run on the plain path alone: the others do not call the layers. On a processor this also
+    tells the C library, once and for the whole process, to keep freed memory.
 
     Args:
         recompute: names of layers that keep only their input for the backward pass and compute
             the rest again (Chen et al. 2016, 1604.06174): less memory, up to a third more work.
     """
-    keep_freed_memory()
+    if next(net.parameters()).device.type == "cpu":
+        keep_freed_memory()
     run = _recomputing(layers_on(path), [net.layers[name] for name in recompute])
 
     def compute(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
@@ -148,14 +154,18 @@ def _compiled(net: UNet, training: Net) -> Net:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels.cache_folder() / "torch"))
     rounded, training = _Rounded(), torch.compile(training, dynamic=False)
-    generating = torch.compile(rounded.copy_of(net), dynamic=False)
+    # On a GPU the launches of one evaluation become one graph, whose output lives until the next
+    # replay: hence the copy below.
+    on_gpu = next(net.parameters()).device.type == "cuda"
+    mode = "reduce-overhead" if on_gpu else "default"
+    generating = torch.compile(rounded.copy_of(net), dynamic=False, mode=mode)
 
     def compute(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
             return training(x, timestep, label)
         rounded.copy_of(net)  # the same copy, with the weights of now
         half = x.bfloat16().contiguous(memory_format=torch.channels_last)
-        return generating(half, timestep, label).to(x.dtype)
+        return generating(half, timestep, label).to(x.dtype, copy=True)
 
     return compute
 
@@ -192,7 +202,7 @@ class _Rounded:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[tuple[int, ...], nn.Module]] = {}
+        self._kept: dict[int, tuple[nn.Module, tuple[int, ...], nn.Module]] = {}
 
     def __call__(self, layer: nn.Module, *inputs: Any) -> Tensor:
         if isinstance(layer, TimestepEmbedding):  # timestep 999 has no exact bfloat16
@@ -207,15 +217,21 @@ class _Rounded:
 
     def copy_of(self, layer: nn.Module) -> nn.Module:
         """One bfloat16 copy of a layer for good, brought up to date when a weight has changed."""
-        now = tuple(n for p in layer.parameters() for n in (p._version, p.data_ptr()))
-        then, kept = self._kept.get(id(layer), (None, None))
-        if kept is None:
-            kept = copy.deepcopy(layer).requires_grad_(False).bfloat16()
-        elif then != now:
-            pairs = zip(kept.parameters(), layer.parameters(), strict=True)
-            _ = [mine.copy_(theirs.detach()) for mine, theirs in pairs]
-        self._kept[id(layer)] = now, kept.train(layer.training)
+        now = tuple(n for p in layer.parameters() for n in (_changes(p), p.data_ptr()))
+        of, then, kept = self._kept.get(id(layer), (None, None, None))
+        with torch.inference_mode(False), torch.no_grad():
+            if kept is None or of is not layer:
+                kept = copy.deepcopy(layer).requires_grad_(False).bfloat16()
+            elif then != now:
+                for mine, theirs in zip(kept.parameters(), layer.parameters(), strict=True):
+                    mine.copy_(theirs.detach())
+        self._kept[id(layer)] = layer, now, kept.train(layer.training)
         return kept
+
+
+def _changes(parameter: Tensor) -> int:
+    """How often torch has seen it change; it does not count what inference mode has made."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _rounded(value: Any) -> Any:
@@ -257,26 +273,29 @@ def winograd_pays() -> bool:
     return not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def choose(net: UNet, mixed_precision: Precision = Precision.AUTO) -> Runtime:
+def choose(
+    net: UNet, mixed_precision: Precision = Precision.AUTO, torch_compile: bool = False
+) -> Runtime:
     """Settle the path for generating, without timing anything: a function of network and machine.
 
     bfloat16 where asked for; by default where the processor is fast at it and the network wide
     enough for it to matter.
     """
     device = next(net.parameters()).device
-    half, reason = half_path(device)
+    half, reason = half_path(device, torch_compile)
+    plainly = ", so not compiled" if torch_compile else ""
     match mixed_precision:
         case Precision.NO:
-            return Runtime(device, Path.PLAIN, "as asked", 0.0)
+            return Runtime(device, Path.PLAIN, f"float32 as asked{plainly}")
         case Precision.BF16:
-            return Runtime(device, half, f"as asked; {reason}", 0.0)
+            return Runtime(device, half, f"as asked; {reason}")
         case Precision.AUTO:
             pass
     if width_of(net) < WIDE:
-        return Runtime(device, Path.PLAIN, f"narrower than {WIDE} channels", 0.0)
+        return Runtime(device, Path.PLAIN, f"narrower than {WIDE} channels{plainly}")
     if not has_bf16(device):
-        return Runtime(device, Path.PLAIN, f"{device.type} is not fast in bfloat16", 0.0)
-    return Runtime(device, half, reason, 0.0)
+        return Runtime(device, Path.PLAIN, f"{device.type} is not fast in bfloat16{plainly}")
+    return Runtime(device, half, reason)
 
 
 WIDE = 64  # channels of the first features; narrower networks are bound by overhead, not products
@@ -327,7 +346,7 @@ def decide(
 def _fixed(config: RuntimeConfig, device: torch.device) -> tuple[Path, str] | None:
     """The path and its reason, where nothing needs to be timed."""
     if config.mixed_precision is Precision.NO:
-        return Path.PLAIN, "as asked"
+        return Path.PLAIN, f"as asked{', so not compiled' if config.torch_compile else ''}"
     if device.type == "cuda" and not has_bf16(device):
         return Path.PLAIN, "this GPU has no bf16"
     if config.mixed_precision is Precision.BF16:
@@ -349,7 +368,8 @@ def step_seconds(
     run, x = callable_net(net, path, recompute), torch.zeros(shape, device=device)
     label = None if label is None else label.to(device)
     timestep = torch.zeros(shape[0], device=device)
-    times = [_timed(run, net, x, timestep, label) for _ in range(repeats + 1)]
+    with torch.random.fork_rng(devices=[]):  # dropout draws
+        times = [_timed(run, net, x, timestep, label) for _ in range(repeats + 1)]
     return min(times[1:])
 
 

@@ -153,39 +153,39 @@ class TrainState:
         self, fused: FusedUpdate, loss: Tensor, learning_rate: float
     ) -> tuple[Tensor, Tensor]:
         """The same in one pass. On a processor, looking at a number costs nothing."""
-        moved = [(p, q) for p, q in zip(self.parameters, self.ema.parameters(), strict=True)]
-        moved = [(p, q) for p, q in moved if p.grad is not None]
-        weights, averages = ([pair[i] for pair in moved] for i in (0, 1))
-        grads = [p.grad for p in weights if p.grad is not None]
-        norm = fused.squared_norm(grads).sqrt().float()
+        pairs = zip(self.parameters, self.ema.parameters(), strict=True)
+        moved = [(p, p.grad, mean, self._moments(p)) for p, mean in pairs if p.grad is not None]
+        norm = fused.squared_norm([grad for _, grad, _, _ in moved]).sqrt().float()
         bad = _not_finite(loss, norm)
         if bad:
             self._average()
             return norm, bad
-        states = [self._moments(p) for p in weights]
-        torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportCallIssue, reportArgumentType] # no public name
+        # All count the same: a step that is left out is left out for all.
+        done = int(moved[0][3]["step"]) if moved else 0
         fused.adamw_ema(
-            weights,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            averages,
+            [p for p, _, _, _ in moved],
+            [grad for _, grad, _, _ in moved],
+            [state["exp_avg"] for _, _, _, state in moved],
+            [state["exp_avg_sq"] for _, _, _, state in moved],
+            [mean for _, _, mean, _ in moved],
             lr=learning_rate,
             beta1=self.config.adam_beta1,
             beta2=self.config.adam_beta2,
             eps=self.config.adam_epsilon,
             weight_decay=self.config.adam_weight_decay,
-            step=int(states[0]["step"]),
+            step=done + 1,
             grad_scale=min(1.0, self.config.max_grad_norm / (float(norm) + 1e-6)),
             ema_weight=1 - ema_beta(self.config, self.step + 1),
         )
+        for _, _, _, state in moved:
+            state["step"] += 1
         return norm, bad
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """The optimiser's own state, made at first use as the optimiser itself would."""
         state = self.optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in "mv")
         return state
 

@@ -55,7 +55,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     device = runtime.choose_device(Device.AUTO)
     yield "device", str(device)
     yield "bf16", "fast here" if runtime.has_bf16(device) else "not fast here: float32 by default"
-    yield "kernels", kernels.describe() if kernels.why_not() is None else str(kernels.why_not())
+    yield "kernels", kernels.describe()
     yield "convolutions", _convolutions(device)
     if torch.cuda.is_available():
         yield "gpu", torch.cuda.get_device_name()

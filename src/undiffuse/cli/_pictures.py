@@ -68,6 +68,7 @@ def _generate(
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
         mixed_precision=config.mixed_precision,
+        torch_compile=config.torch_compile,
         on_step=on_step,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Heads = Float[Tensor, "b n d"]  # batch times heads, positions, channels of a head
 
@@ -54,7 +55,10 @@ class _Attention(torch.autograd.Function):
         return _forward(q, k, v)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator renames
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         (dout,) = grad_outputs
         q, k, v = ctx.saved_tensors
         dq = torch.empty_like(q)

@@ -3,7 +3,7 @@
 Winograd's F(2x2, 3x3) (Lavin & Gray, 1509.09308) computes 2x2 outputs with 16 products where the
 sum over the window needs 36. Input windows, weights and outputs are carried into another basis by
 additions, and what lies between is 16 matrix products. Bfloat16 rounding enters in that basis too:
-about twice the error of a direct convolution in bfloat16.
+one convolution has about twice the error of a direct one in bfloat16.
 
 Both kinds have the same three functions. Features are (b, c, h, w), channels last; weights are the
 float32 parameters, brought to the features' precision where they are used. On the way back, what a
@@ -106,7 +106,7 @@ class Direct:
             [1, 1], both, [1, 1], False, [0, 0], 1, needed,
         )  # fmt: skip
         del x
-        sink(ALL, dx)
+        sink(ALL, dx.contiguous(memory_format=torch.channels_last))
         return Gradients(dw.to(weight.dtype), None if db is None else db.to(weight.dtype))
 
 
@@ -121,7 +121,9 @@ class Workspace(threading.local):
         size = math.prod(shape)
         kept = self._kept.get((name, dtype))
         if kept is None or kept.numel() < size:
-            kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+            with torch.inference_mode(False):  # such a tensor could not be written to outside
+                kept = torch.empty(size, dtype=dtype, device="cpu")
+            self._kept[name, dtype] = kept
         return kept[:size].view(shape)
 
 
@@ -144,7 +146,10 @@ class Winograd:
     ) -> Tensor:
         b, _, h, w = shape
         y = torch.empty(
-            (b, prepared.shape[1], h, w), dtype=prepared.dtype, memory_format=torch.channels_last
+            (b, prepared.shape[1], h, w),
+            dtype=prepared.dtype,
+            device="cpu",
+            memory_format=torch.channels_last,
         )
         for part in _parts(shape, y.element_size()):
             v = self._windows(source(part))

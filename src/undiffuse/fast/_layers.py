@@ -62,6 +62,9 @@ class Fast:
         }
 
     def __call__(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):  # the precision of every number is settled here
+            with torch.autocast("cpu", enabled=False):
+                return self(layer, *inputs)
         return self.forms.get(type(layer), self._plain)(layer, *inputs)
 
     def _plain(self, layer: nn.Module, *inputs: Any) -> Tensor:
@@ -89,7 +92,8 @@ class Fast:
         if block.resize is None:
             h = self._norm_act_conv(norm1, block.conv1, x, act)
         else:
-            h = self._conv(block.conv1, resample(self._norm_act(norm1, x, act), block.resize))
+            h = resample(self._norm_act(norm1, x, act), block.resize)
+            h = self._laid_out(self._conv(block.conv1, h))
         rest = resample(x, block.resize)
         if isinstance(block.shortcut, nn.Conv2d):
             rest = self._conv(block.shortcut, rest)
@@ -189,7 +193,7 @@ class Fast:
         )
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype, memory_format=torch.channels_last)
+        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _frozen() -> bool:
@@ -212,12 +216,12 @@ def _heard(block: ResBlock, emb: Tensor) -> Heard:
 # ones: rows (i-1, i) or (i, i+1) of the small picture, by the parity of the output's row. So the
 # same numbers come from four 2x2 convolutions on the small picture, with 16 products where the
 # large one has 36.
-TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (parity, 2, 3)
+TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))  # (parity, 2, 3)
 
 
 def phases(weight: Float[Tensor, "d c 3 3"]) -> Float[Tensor, "4*d c 2 2"]:
     """The small kernels of doubling and a 3x3 convolution: (row parity, column parity, d) each."""
-    taps = TAPS.to(weight)
+    taps = weight.new_tensor(TAPS)
     return torch.einsum("aik,bjl,dckl->abdcij", taps, taps, weight).flatten(0, 2)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from undiffuse import kernels
 from undiffuse.fast._convolution import Convolution, Shape
@@ -41,7 +42,10 @@ class NormAct(torch.autograd.Function):
         return a
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator renames
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, stats, gain, offset = ctx.saved_tensors
         dy = grad_outputs[0].contiguous(memory_format=torch.channels_last)
         d = kernels.norm_act_backward(dy, x, stats, gain, offset, ctx.act, None, None, None)
@@ -81,14 +85,14 @@ class NormActConv(torch.autograd.Function):
         residual: Tensor | None,
     ) -> Tensor:
         mask = _mask(x, recipe.dropout)
-        stats = torch.empty(len(x), recipe.groups, 2)
+        stats = x.new_empty((len(x), recipe.groups, 2), dtype=torch.float32)
         heard = Heard(add, scale, shift)
 
         def activated(part: slice) -> Tensor:
             a, stats[part] = kernels.norm_act(
                 x[part], gain, offset, recipe.groups, recipe.eps, recipe.act, *heard.of(part)
             )
-            return a if mask is None else a.mul_(mask[part])
+            return _dropped(a, None if mask is None else mask[part], recipe.dropout)
 
         prepared = recipe.conv.prepared(weight, x.dtype)
         y = recipe.conv.forward(activated, shape_of(x), prepared, bias, residual)
@@ -97,7 +101,10 @@ class NormActConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator renames
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, stats, gain, offset, add, scale, shift, weight, bias, mask = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         dy = grad_outputs[0].contiguous(memory_format=torch.channels_last)
@@ -107,11 +114,10 @@ class NormActConv(torch.autograd.Function):
         def activated(part: slice) -> Tensor:
             known = stats[part], gain, offset, recipe.act
             a = kernels.norm_act_again(x[part], *known, *heard.of(part))
-            return a if mask is None else a.mul_(mask[part])
+            return _dropped(a, None if mask is None else mask[part], recipe.dropout)
 
         def through_norm(part: slice, da: Tensor) -> None:
-            if mask is not None:
-                da = da.mul_(mask[part])
+            da = _dropped(da, None if mask is None else mask[part], recipe.dropout)
             known = x[part], stats[part], gain, offset, recipe.act, *heard.of(part)
             slopes.append(kernels.norm_act_backward(da, *known, out=dx[part]))
 
@@ -139,7 +145,12 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _mask(a: Tensor, dropout: float) -> Tensor | None:
-    """0 or 1 / (1 - dropout) for every feature; None without dropout."""
+    """Which features stay; None without dropout."""
     if dropout == 0.0:
         return None
-    return torch.empty_like(a).bernoulli_(1 - dropout).div_(1 - dropout)
+    return torch.empty_like(a, dtype=torch.bool).bernoulli_(1 - dropout)
+
+
+def _dropped(a: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """What stays, scaled so that its mean is what it was; in place."""
+    return a if mask is None else a.mul_(mask).mul_(1 / (1 - dropout))

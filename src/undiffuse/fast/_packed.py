@@ -12,12 +12,19 @@ _library = torch.ops.mkldnn
 _reorder = torch.ops.aten.mkldnn_reorder_conv2d_weight
 
 
+def _packs(x: Tensor) -> bool:
+    """Whether oneDNN computes with weights in its own order on this machine."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return x.dtype is torch.float32 or bool(_library._is_mkldnn_bf16_supported())
+
+
 class Packed:
     """The packed weights of one network's convolutions."""
 
     def __init__(self, dtype: torch.dtype, winograd: Winograd | None) -> None:
         self.dtype, self.winograd = dtype, winograd
-        self._kept: dict[tuple[int, str], tuple[Tensor, tuple[int, int], Tensor]] = {}
+        self._kept: dict[tuple[int, str], tuple[Tensor, Tensor, int, Tensor]] = {}
 
     def conv(
         self, conv: nn.Conv2d, source: Source, shape: Shape, residual: Tensor | None = None
@@ -28,17 +35,23 @@ class Packed:
             u = self.kept(conv.weight, "winograd", lambda w: kind.prepared(w, self.dtype))
             return kind.forward(source, shape, u, conv.bias, residual)
         x = source(ALL)
-        if conv.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if _packs(x):
             return self._by_library(conv, x, residual)
         return self._plainly(conv, x, residual)
 
     def kept(self, of: Tensor, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """make(of), made again when `of` was changed, moved or replaced."""
-        now = (of._version, of.data_ptr())
-        parameter, then, value = self._kept.get((id(of), name), (None, None, None))
-        if value is None or parameter is not of or then != now:
-            value = make(of.detach())
-            self._kept[id(of), name] = of, now, value
+        """make(of), made again when `of` was changed, moved or replaced.
+
+        Changes are seen by torch's own count of them, which writing through `.data` passes by.
+        """
+        now = 0 if of.is_inference() else of._version
+        parameter, data, then, value = self._kept.get((id(of), name), (None, None, -1, None))
+        moved = data is None or data.data_ptr() != of.data_ptr()
+        if value is None or parameter is not of or moved or then != now:
+            with torch.inference_mode(False):
+                data = of.detach()  # kept, so that its address is not given to another
+                value = make(data)
+            self._kept[id(of), name] = of, data, now, value
         return value
 
     def _by_library(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> Tensor:

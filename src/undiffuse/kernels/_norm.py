@@ -63,7 +63,7 @@ def norm_act(
         raise ConfigError(f"groups must divide the {x.shape[1]} channels of x; got {groups}")
     if not eps >= 0.0:
         raise ConfigError(f"eps must not be negative; got {eps}")
-    stats = torch.empty(x.shape[0], groups, 2)
+    stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
     return _forward(x, stats, eps, weight, bias, act, add, scale, shift), stats
 
 

@@ -33,7 +33,7 @@ def winograd_weight(w: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     if dtype not in check.DTYPES:
         raise ConfigError(f"dtype must be float32 or bfloat16; got {dtype}")
     d, c = w.shape[:2]
-    u = torch.empty(16, d, c, dtype=dtype)
+    u = w.new_empty((16, d, c), dtype=dtype)
     library().undiffuse_winograd_weight(
         is_bf16(u), threads(), not w.is_contiguous(), d, c, w.data_ptr(), u.data_ptr()
     )
@@ -160,7 +160,7 @@ def channel_sum(dy: Tensor) -> Tensor:
     """
     check.features("dy", dy)
     b, c, h, w = dy.shape
-    total = torch.empty(c)
+    total = torch.empty(c, dtype=torch.float32, device="cpu")
     library().undiffuse_channel_sum(
         is_bf16(dy), threads(), b * h * w, c, dy.data_ptr(), total.data_ptr()
     )
@@ -169,13 +169,13 @@ def channel_sum(dy: Tensor) -> Tensor:
 
 def _into(name: str, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if out is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     check.dense(name, out, shape, dtype)
     return out
 
 
 def _features(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, memory_format=check.LAST)
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=check.LAST)
 
 
 def _checked_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

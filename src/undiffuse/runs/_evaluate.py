@@ -139,6 +139,7 @@ def _samples(model: Model, config: SampleConfig, progress: Callable[[int, int], 
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
         mixed_precision=config.mixed_precision,
+        torch_compile=config.torch_compile,
         on_step=on_step,
     )
 

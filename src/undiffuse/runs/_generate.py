@@ -34,11 +34,13 @@ def generate(
     weak: Model | None = None,
     batch_size: int = 64,
     mixed_precision: Precision | str = Precision.AUTO,
+    torch_compile: bool = False,
     on_step: OnStep = lambda step: None,
 ) -> Float[Tensor, "n c h w"]:
     """New pictures, float32 in [-1, 1] on the CPU.
 
-    Picture n depends on (seed, n) alone, whatever `count` and `batch_size` are.
+    Picture n depends on (seed, n) alone, up to rounding, whatever `count` and `batch_size` are.
+    Forward hooks on the network's layers run with `mixed_precision="no"`.
 
     Args:
         label: class per picture; None takes all classes in turn.
@@ -48,6 +50,7 @@ def generate(
             the model's own "no class" (2207.12598).
         mixed_precision: "auto" takes bfloat16 inside wide networks where the machine is fast at it
             (`runtime.choose`); "no" and "bf16" insist.
+        torch_compile: where that is bfloat16, through torch.compile: worth its minutes on a GPU.
         on_step: called after every step of every batch, for progress bars and films.
 
     Raises:
@@ -57,8 +60,9 @@ def generate(
         raise ConfigError(f"count and batch_size must be at least 1; got {count}, {batch_size}")
     if weak is not None:
         _check_weak(model, weak)
-    quick = _quick(model, mixed_precision)
-    quick_weak = None if weak is None else _quick(weak, mixed_precision)
+    precision = choice("mixed_precision", Precision, mixed_precision)
+    quick = _quick(model, precision, torch_compile)
+    quick_weak = None if weak is None else _quick(weak, precision, torch_compile)
     labels = _labels(model, label, count)
     run = SAMPLERS[_known(sampler)] if isinstance(sampler, str) else sampler
     grid = levels(model.denoiser.schedule, num_inference_steps)
@@ -148,9 +152,9 @@ def _known(sampler: str) -> str:
     return sampler
 
 
-def _quick(model: Model, mixed_precision: Precision | str) -> Denoiser:
+def _quick(model: Model, precision: Precision, torch_compile: bool) -> Denoiser:
     """The model's denoiser on the fastest path: once per call, since it keeps packed weights."""
-    chosen = runtime.choose(model.net, choice("mixed_precision", Precision, mixed_precision))
+    chosen = runtime.choose(model.net, precision, torch_compile)
     return replace(model.denoiser, net=runtime.callable_net(model.net, chosen.path))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from undiffuse import cost, images, runtime
+from undiffuse import cost, images, kernels, runtime
 from undiffuse.checkpoint import Checkpoints, Loaded, Model, Pictures
 from undiffuse.config import (
     DataConfig,
@@ -278,6 +278,7 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.why_not() or kernels.describe(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

@@ -297,6 +297,7 @@ class _Run:
             seed=config.seed,
             num_inference_steps=PREVIEW_STEPS,
             batch_size=config.part_size,
+            mixed_precision=plan.runtime.precision,
         )
         grid = plan.folder.samples / f"step_{step:08d}.png"
         images.save_grid(pictures, grid)
