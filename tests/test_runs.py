@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import undiffuse
-from undiffuse import images, recipes, runs
+from undiffuse import cost, images, recipes, runs
 from undiffuse.checkpoint import Checkpoints, Model, load_model, save_model
 from undiffuse.config import Device, RunConfig, SampleConfig, Weights, flatten, override
 from undiffuse.denoiser import Epsilon, KarrasPrecond, OnGrid, Velocity
@@ -610,6 +610,30 @@ def test_a_changed_machine_is_said(finished: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("torch.get_num_threads", lambda: 64)
     plan = make_plan(runs.Request(runs.stored_config(finished), finished, resume="latest"))
     assert any("threads" in note and "not bit for bit" in note for note in plan.notes)
+
+
+def test_where_single_pictures_do_not_fit_the_fewest_layers_are_computed_again(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(pictures, tmp_path / "run", train_batch_size=1)
+    roomy = make_plan(asked)
+    size, spec = roomy.data.train.size, roomy.spec
+    layers = cost.recomputable(spec, *size)
+    whole = cost.training_bytes(spec, *size, 1)
+    least = cost.training_bytes(spec, *size, 1, layers)
+    assert not roomy.recompute
+    monkeypatch.setattr("undiffuse.runtime.memory", lambda device: (whole + least) / 2 / 0.8)
+    tight = make_plan(asked)
+    assert 0 < len(tight.recompute) < len(layers)
+    assert any("again" in note for note in tight.notes)
+    monkeypatch.setattr("undiffuse.runtime.memory", lambda device: least / 2)
+    with pytest.raises(ResourceError, match="GB"):
+        make_plan(asked)
+    monkeypatch.undo()
+    every = make_plan(
+        request(pictures, tmp_path / "run", train_batch_size=1, gradient_checkpointing=True)
+    )
+    assert list(every.recompute) == layers
 
 
 def test_the_precision_that_was_timed_is_kept(

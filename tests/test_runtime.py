@@ -181,11 +181,11 @@ def test_weights_that_change_between_calls_count(path: Path) -> None:
 COMPILED = """
 import torch
 from undiffuse import runtime
-from undiffuse.recipes import ddpm_family
+from undiffuse.spec import Conv, Out, Res, Style, UNetSpec
 from undiffuse.unet import UNet
 
 torch.manual_seed(0)
-net = UNet(ddpm_family(8, (1,), 1, ()))
+net = UNet(UNetSpec(3, 3, (Conv(8), Res(8), Out()), Style()))
 for p in net.parameters():
     torch.nn.init.normal_(p, 0, 0.1)
 x, timestep = torch.randn(2, 3, 8, 8), torch.tensor([-1.0, 0.5])

@@ -36,7 +36,9 @@ from undiffuse.unet import TimestepEmbedding, UNet, call
 Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Run = Callable[..., Tensor]  # run(layer, *inputs), as `UNet.forward` takes it
 
-MIN_GAIN = 1.1  # another path must be this much faster than the plain one before `auto` takes it
+# So much faster must another path be before `auto` takes it in training: below, the same numbers
+# on every machine are worth more.
+MIN_GAIN = 1.5
 
 
 class Path(StrEnum):

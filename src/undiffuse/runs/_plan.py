@@ -432,13 +432,24 @@ def _fit_memory(
     ]
     ways = [(one, always) for one in tried]
     ways += [(tried[-1], layers[: n + 1]) for n in range(len(always), len(layers))]
-    needs = [cost.training_bytes(spec, *size, one.part_size, again) for one, again in ways]
-    for (one, again), need in zip(ways, needs, strict=True):
-        if need < MEMORY_SHARE * have:
-            return replace(config, train=one), again
-    raise ResourceError(
-        f"train_batch_size {train.train_batch_size} at resolution {size[0]}x{size[1]} in"
-        f" {tried[-1].parts} parts needs about {needs[-1] / 1e9:.0f} GB, this machine has"
+    least = cost.training_bytes(spec, *size, tried[-1].part_size, layers)
+    if least >= MEMORY_SHARE * have:
+        raise _too_large(config, size, tried[-1].parts, least, have)
+    fit = (
+        (one, again)
+        for one, again in ways
+        if cost.training_bytes(spec, *size, one.part_size, again) < MEMORY_SHARE * have
+    )
+    one, again = next(fit, (tried[-1], layers))
+    return replace(config, train=one), again
+
+
+def _too_large(
+    config: RunConfig, size: tuple[int, int], parts: int, need: float, have: float
+) -> ResourceError:
+    return ResourceError(
+        f"train_batch_size {config.train.train_batch_size} at resolution {size[0]}x{size[1]} in"
+        f" {parts} parts needs about {need / 1e9:.0f} GB, this machine has"
         f" {have / 1e9:.0f} GB; try a smaller --train-batch-size, --resolution or --preset, or more"
         " --gradient-accumulation-steps"
     )
