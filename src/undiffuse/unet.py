@@ -365,6 +365,11 @@ class Downsample(nn.Module):
                 self.conv = None
 
     def forward(self, x: Features) -> Changed:
+        x = self.before(x)
+        return x if self.conv is None else self.conv(x)
+
+    def before(self, x: Features) -> Changed:
+        """What happens to the features before the convolution, if there is one."""
         match self.by:
             case Downsampling.MAX:
                 x = F.max_pool2d(x, 2)
@@ -376,7 +381,7 @@ class Downsample(nn.Module):
                 x = F.pixel_unshuffle(x, 2)
             case Downsampling.CONV | Downsampling.CONV4:
                 pass
-        return x if self.conv is None else self.conv(x)
+        return x
 
 
 class Upsample(nn.Module):

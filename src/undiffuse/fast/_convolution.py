@@ -156,7 +156,7 @@ class Winograd:
             m = self.workspace.take("m", (*v.shape[:2], y.shape[1]), y.dtype)
             torch.bmm(v, prepared.transpose(1, 2), out=m)
             rest = None if residual is None else residual[part]
-            kernels.winograd_output(m, _shape(y[part]), bias, rest, out=y[part])
+            kernels.winograd_output(m, shape_of(y[part]), bias, rest, out=y[part])
         return y
 
     def backward(
@@ -177,16 +177,17 @@ class Winograd:
             kernels.winograd_output_adjoint(dy[part], out=dm)
             du += torch.bmm(dm.transpose(1, 2), v)
             torch.bmm(dm, prepared, out=v)  # the windows are done with: now their gradient
-            sink(part, kernels.winograd_input_adjoint(v, _shape(x), out=x))  # so is x
+            sink(part, kernels.winograd_input_adjoint(v, shape_of(x), out=x))  # so is x
         dw = kernels.winograd_weight_backward(du, like=weight)
         return Gradients(dw, None if bias is None else kernels.channel_sum(dy))
 
     def _windows(self, x: Tensor) -> Tensor:
-        shape = (16, x.shape[0] * _tiles(_shape(x)), x.shape[1])
+        shape = (16, x.shape[0] * _tiles(shape_of(x)), x.shape[1])
         return kernels.winograd_input(x, out=self.workspace.take("v", shape, x.dtype))
 
 
-def _shape(x: Tensor) -> Shape:
+def shape_of(x: Tensor) -> Shape:
+    """(b, c, h, w) as plain numbers."""
     b, c, h, w = x.shape
     return b, c, h, w
 

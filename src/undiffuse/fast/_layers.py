@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from undiffuse import kernels
 from undiffuse.fast._attention import attention
-from undiffuse.fast._convolution import Winograd, kind_of
+from undiffuse.fast._convolution import Winograd, kind_of, shape_of
 from undiffuse.fast._norm_act_conv import (
     NOTHING,
     Heard,
     NormAct,
     NormActConv,
     Recipe,
-    shape_of,
 )
 from undiffuse.fast._packed import Packed
 from undiffuse.kernels import Act
-from undiffuse.spec import Activation, Downsampling, Inject, Order
+from undiffuse.spec import Activation, Inject, Order
 from undiffuse.unet import (
     AttentionBlock,
     Downsample,
@@ -130,18 +129,7 @@ class Fast:
         return interleaved(torch.conv2d(x, small, bias, padding=1))
 
     def _down(self, layer: Downsample, x: Tensor) -> Tensor:
-        x = self._laid_out(x)
-        match layer.by:
-            case Downsampling.MAX:
-                x = F.max_pool2d(x, 2)
-            case Downsampling.AVG:
-                x = F.avg_pool2d(x, 2)
-            case Downsampling.CONV_END:
-                x = F.pad(x, (0, 1, 0, 1))
-            case Downsampling.UNSHUFFLE:
-                x = F.pixel_unshuffle(x, 2)
-            case Downsampling.CONV | Downsampling.CONV4:
-                pass
+        x = layer.before(self._laid_out(x))
         return x if layer.conv is None else self._conv(layer.conv, x)
 
     def _head(self, layer: Head, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from undiffuse import kernels
-from undiffuse.fast._convolution import Convolution, Shape
+from undiffuse.fast._convolution import Convolution, shape_of
 from undiffuse.kernels import Act
 
 
@@ -127,12 +127,6 @@ class NormActConv(torch.autograd.Function):
         dheard = (_joined(parts) for parts in _columns(slopes, 3, 6))
         residual = dy if ctx.needs_input_grad[9] else None
         return None, dx, dgain, doffset, *dheard, dweight, dbias, residual
-
-
-def shape_of(x: Tensor) -> Shape:
-    """(b, c, h, w) as plain numbers."""
-    b, c, h, w = x.shape
-    return b, c, h, w
 
 
 def _columns(slopes: list[kernels.Gradients], first: int, end: int) -> list[list[Any]]:
