@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_FLAGS := --disable-pip-version-check -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup setup-dev demo test test-fast check format wheel studies bench bench-quick clean
+.PHONY: setup setup-dev demo test test-fast check format wheel studies bench bench-quick \
+	quality quality-quick clean
 
 setup: $(VENV)/.setup
 setup-dev: $(VENV)/.setup-dev
@@ -64,6 +65,16 @@ bench: setup-dev
 # The headline figures, one line of JSON each, in less than ten minutes on two cores.
 bench-quick: setup-dev
 	@$(BIN)/python -m benchmarks.run --quick $(BENCH_FLAGS)
+
+# What the networks reach beside what is possible; hours, goes on where it was interrupted. A part of
+# it: make quality QUALITY_FLAGS='--only ablation/digits --seeds 0'
+QUALITY_FLAGS ?=
+quality: setup-dev
+	$(BIN)/python -m quality.run $(QUALITY_FLAGS); $(BIN)/python -m quality.page
+
+# The headline figures for one seed, one line of JSON each, in less than ten minutes on two cores.
+quality-quick: setup-dev
+	@$(BIN)/python -m quality.run --quick --seeds 0 $(QUALITY_FLAGS)
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -18,13 +18,25 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
+from exact_paths import parabola
 from undiffuse.denoiser import Denoiser, Epsilon, Prediction, Sample, Velocity
 from undiffuse.guidance import clipped, with_label
 from undiffuse.noise import Cosine, LinearBetas, NoiseLevel, ScaledLinearBetas, Schedule, clean
-from undiffuse.sampling import Step, ddim, ddpm, dpmpp_2m, heun
+from undiffuse.sampling import (
+    Step,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    heun,
+    ipndm,
+    unipc,
+)
 
 TABLES: dict[str, Schedule] = {
     "linear": LinearBetas(),
@@ -195,6 +207,111 @@ def test_dpmpp_2m(table: str, kind: str, count: int):
         theirs.append(x)
     grid = grid_of(table, scheduler.timesteps)
     close(dpmpp_2m(ours(table, kind), normal(0), grid), theirs, 2e-5)
+
+
+def with_our_ratios(scheduler: Any, grid: Sequence[NoiseLevel]) -> Any:
+    """Theirs are rounded to float32."""
+    ratios = torch.stack([level.ratio for level in grid])
+    torch.testing.assert_close(scheduler.sigmas.double(), ratios, rtol=2e-5, atol=0.0)
+    scheduler.sigmas = ratios
+    return scheduler
+
+
+@numpy_2
+@every_table
+@every_type
+def test_dpmpp_2m_sde_with_the_same_noise(table: str, kind: str):
+    """Their step rounds x to float32 each time, hence the tolerance."""
+    scheduler = peer(
+        DPMSolverMultistepScheduler,
+        table,
+        kind,
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(12)
+    grid = grid_of(table, scheduler.timesteps)
+    scheduler = with_our_ratios(scheduler, grid)
+    x, theirs, noises = normal(0), [], [normal(i + 1) for i in range(12)]
+    for i, t in enumerate(scheduler.timesteps):
+        step = scheduler.step(raw(x.double(), t), t, x.double(), variance_noise=noises[i])
+        x = step.prev_sample
+        theirs.append(x)
+    steps = dpmpp_2m_sde(ours(table, kind), normal(0), grid, noise=lambda i: noises[i])
+    close(steps, theirs, 2e-6)
+
+
+@numpy_2
+@every_table
+@every_type
+def test_their_dpmpp_3m_takes_half_of_the_curvature(table: str, kind: str):
+    """Their factor of the second difference is phi_3 where the integral has 2 phi_3.
+
+    So it is of order 2, as tests/test_solvers.py shows. Nothing else differs: their second step is
+    that of 2M.
+    """
+    scheduler = peer(
+        DPMSolverMultistepScheduler,
+        table,
+        kind,
+        algorithm_type="dpmsolver++",
+        solver_order=3,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(16)  # theirs ends with lower orders below 15 steps
+    grid = grid_of(table, scheduler.timesteps)
+    scheduler = with_our_ratios(scheduler, grid)
+    x, theirs = normal(0), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(raw(x.double(), t), t, x.double()).prev_sample
+        theirs.append(x)
+    halved = parabola(1.0, lambda h: -math.expm1(-h) / 2)
+    close(halved(ours(table, kind), normal(0), grid), theirs, 2e-6)
+
+
+@numpy_2
+@every_table
+@every_type
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc(table: str, kind: str, order: int):
+    scheduler = peer(
+        UniPCMultistepScheduler,
+        table,
+        kind,
+        solver_order=order,
+        solver_type="bh2",
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(10)
+    grid = grid_of(table, scheduler.timesteps)
+    scheduler = with_our_ratios(scheduler, grid)
+    x, theirs = normal(0), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(raw(x, t), t, x).prev_sample
+        theirs.append(x)
+    close(unipc(ours(table, kind), normal(0), grid, order=order), theirs, 1e-11)
+
+
+@every_table
+@every_type
+def test_ipndm(table: str, kind: str):
+    """Theirs wants velocities, names alpha and sigma otherwise, and does not end with x0."""
+    scheduler = IPNDMScheduler()
+    scheduler.set_timesteps(10)
+    grid = grid_of(table, torch.linspace(999, 0, 10).round())
+    scheduler.alphas = torch.stack([level.alpha for level in grid])
+    scheduler.betas = torch.stack([level.sigma for level in grid])
+    x, theirs, denoise = normal(0), [], ours(table, kind)
+    for level, t in zip(grid, scheduler.timesteps, strict=False):
+        x0 = denoise(x, level)
+        velocity = level.alpha * level.noise_in(x, x0) - level.sigma * x0
+        x = scheduler.step(velocity, t, x).prev_sample
+        theirs.append(x)
+    steps = list(ipndm(denoise, normal(0), grid))
+    close(iter(steps[:-1]), theirs[:-1], 1e-9)
 
 
 @numpy_2

@@ -40,17 +40,20 @@ HOUSE = {
     "noise": place(0, outside="torch numpy jaxtyping"),
     "images": place(0, outside="torch numpy PIL sklearn jaxtyping"),
     "kernels": place(0, outside="torch jaxtyping"),
+    "averaging": place(1, outside="torch numpy"),
     "recipes": place(1, "spec"),
     "cost": place(1, "spec"),
     "unet": place(1, "spec", "torch jaxtyping"),
     "denoiser": place(1, "noise", "torch jaxtyping"),
+    "augmentation": place(1, "noise", "torch jaxtyping"),
     "guidance": place(1, "noise", "torch jaxtyping"),
     "sampling": place(1, "noise", "torch jaxtyping"),
     "oracles": place(1, "noise", "torch jaxtyping"),
     "fast": place(1.2, "spec unet kernels", "torch jaxtyping"),
     "runtime": place(1.4, "config spec unet kernels fast", "torch jaxtyping"),
+    "likelihood": place(1.5, "noise", "torch jaxtyping"),
     "textbook": place(2, "spec recipes unet", "torch jaxtyping"),
-    "training": place(2, "config noise denoiser", "torch numpy jaxtyping"),
+    "training": place(2, "config averaging noise denoiser", "torch numpy jaxtyping"),
     "checkpoint": place(2, "spec unet noise denoiser", "torch numpy"),
     "distributed": place(2, "config", "torch"),
     "evaluation": place(
@@ -58,7 +61,11 @@ HOUSE = {
     ),
     "drawing": place(2, "spec noise images", "torch numpy matplotlib"),
     "report": place(2, "images", "matplotlib"),
-    "interop": place(2, "spec recipes unet noise denoiser guidance", "torch safetensors jaxtyping"),
+    "interop": place(
+        2,
+        "spec recipes unet noise denoiser guidance augmentation",
+        "torch safetensors jaxtyping",
+    ),
     "probe": place(2, "spec unet noise denoiser", "torch jaxtyping"),
 }
 BELOW_RUNS = " ".join(HOUSE)
@@ -73,6 +80,7 @@ EXTRAS = {
     ("runs", "torch.utils.tensorboard"): "an optional tracker, imported when asked for",
     ("interop", "onnx"): "the extra `onnx`: checks the form of a graph that was written",
     ("interop", "onnxruntime"): "likewise: runs the graph, to compare it with the network",
+    ("evaluation", "onnxruntime"): "likewise: runs the network that the user names as features",
     ("interop", "diffusers"): "the extra `diffusers`: runs what was written for it, likewise",
 }
 

@@ -26,7 +26,7 @@ from undiffuse.errors import ConfigError
 
 COMMANDS = (
     *("demo", "train", "sample", "denoise", "evaluate", "describe"),
-    *("import", "export", "report", "env"),
+    *("import", "export", "average", "report", "env"),
 )
 QUICK = "--num-inference-steps 2"
 SRC = Path(undiffuse.__file__).parent.parent
@@ -587,7 +587,7 @@ def test_figures_as_lines() -> None:
     assert few == "note (frechet): few"
     assert rough == "note (all): rough"
     _, row, verdict = _evaluate.level_lines(BODY)
-    assert row.split() == ["0.5", "0.25", "0.125", "wiener", "0.2", "-"]
+    assert row.split() == ["0.5", "0.25", "0.125", "wiener", "-", "0.2", "-"]
     assert verdict == "underfits: everything is above the bar"
 
 

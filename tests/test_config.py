@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from undiffuse.config import (
     MAX_RESOLUTION,
+    RECIPES,
     BadImage,
     BetaSchedule,
     DataConfig,
@@ -137,6 +138,7 @@ ABSURD: list[tuple[str, object, str]] = [
     ("adam_weight_decay", -1e-9, "at least 0"),
     ("max_grad_norm", 0, "above 0"),
     ("label_dropout", 1.01, "at most 1"),
+    ("augment", 12, "at most 1"),
     ("ema_length", 0.3, "at most 0.25"),
     ("ema_length", 0.0, "at least 0.005"),
     ("dropout", 1.0, "below 1"),
@@ -360,3 +362,14 @@ def outcome(name: str, value: object) -> tuple[str, RunConfig | None]:
         return "", override(RunConfig(), {name: value})
     except ConfigError as error:
         return str(error), None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_its_settings_and_the_user_comes_first(name: str) -> None:
+    plain = override(RunConfig(), {**RECIPES[name].settings})
+    assert override(RunConfig(), {"preset": name}) == plain
+    mine = override(RunConfig(), {"preset": name, "max_train_steps": 7, "dropout": 0.2})
+    assert (mine.train.max_train_steps, mine.model.dropout) == (7, 0.2)
+    assert mine.model.preset == plain.model.preset != name
+    again = override(mine, flatten(mine))
+    assert again == mine

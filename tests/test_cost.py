@@ -47,6 +47,7 @@ SMALL = Style(embedding=Embedding(8, 12, 10))
 RECIPES: dict[str, Callable[[], UNetSpec]] = {
     **{name: lambda name=name: preset(name) for name in PRESETS},
     "adm-64, 1000 classes": lambda: preset("adm-64", classes=1000),
+    "tiny, augmentation": lambda: preset("tiny", augment=9),
     "text000": recipes.text000,
     "text000_figure": recipes.text000_figure,
     "text001": recipes.text001,

@@ -15,8 +15,10 @@ from undiffuse.denoiser import (
     Denoiser,
     Epsilon,
     FlowVelocity,
+    HighNoise,
     KarrasPrecond,
     LogNormal,
+    LogUniform,
     MinSnr,
     OnGrid,
     Prediction,
@@ -336,3 +338,20 @@ def test_extreme_uniforms_stay_inside_the_schedule(schedule: Schedule):
         assert all(v.isfinite().all() for v in level)
         assert float(level.t[0]) <= 0.05
         assert float(level.t[1]) <= 1
+
+
+def test_noisier_levels_count_more_up_to_a_limit() -> None:
+    weighting, schedule = HighNoise(0.5, 10.0), Karras()
+    weights = weighting(schedule.at(torch.tensor([0.0, 0.5, 1.0, 1.5, 80.0]).double()))
+    assert weights.tolist() == pytest.approx([1 + (0.002 / 0.5) ** 2, 2.0, 5.0, 10.0, 10.0])
+    same_ratio = Cosine().at(torch.tensor([1.0]).double())
+    assert weighting(same_ratio).tolist() == pytest.approx([5.0])
+
+
+def test_log_uniform_levels_are_even_in_their_logarithm() -> None:
+    u = torch.linspace(0, 1, 5, dtype=torch.float64)
+    ratios = LogUniform(0.1, 10.0)(Karras(), u).ratio
+    assert ratios.tolist() == pytest.approx([0.1, 10**-0.5, 1.0, 10**0.5, 10.0])
+    for low, high in ((0.0, 1.0), (2.0, 1.0), (1.0, float("inf"))):
+        with pytest.raises(ConfigError, match="LogUniform needs 0 < low < high"):
+            LogUniform(low, high)

@@ -1,16 +1,23 @@
 """Guidance on oracles, where every result is a formula."""
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from undiffuse import runs
+from undiffuse.checkpoint import Model, Pictures
+from undiffuse.denoiser import Denoiser, KarrasPrecond
 from undiffuse.errors import ConfigError
-from undiffuse.guidance import classifier_free, clipped, guided, with_label, within
+from undiffuse.guidance import Denoise, classifier_free, clipped, guided, with_label, within
 from undiffuse.noise import Flow, Karras, NoiseLevel, levels
 from undiffuse.oracles import FiniteSet, Gaussian, Mixture
-from undiffuse.sampling import ddim, finish, start
+from undiffuse.recipes import ddpm_family
+from undiffuse.sampling import Draw, Step, ddim, finish, start
+from undiffuse.unet import UNet
 
 SHAPE = (1, 2, 2)
 
@@ -48,6 +55,20 @@ def test_guidance_is_the_straight_line_through_weak_and_strong(scale: float):
     got = guided(with_label(strong, None), with_label(weak, None), scale)(X, level)
     expected = gaussian(0.2 + scale * 0.8, 0.25)(X, level)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5, 3.0])
+def test_the_guided_score_of_two_gaussians_is_that_of_their_weighted_product(scale: float):
+    """p_strong^w p_weak^(1-w) of two noisy Gaussians has precision P = w/V + (1-w)/V', and the
+    score P (m - x) with P m = w a mu/V + (1-w) a mu'/V'."""
+    level, (mu, lam), (mu_weak, lam_weak) = at(0.6, 0.8), (1.0, 0.1), (0.2, 0.4)
+    strong, weak = gaussian(mu, lam), gaussian(mu_weak, lam_weak)
+    x0 = guided(with_label(strong, None), with_label(weak, None), scale)(X, level)
+    score = (0.6 * x0 - X) / 0.8**2
+    v, v_weak = 0.36 * lam + 0.64, 0.36 * lam_weak + 0.64
+    precision = scale / v + (1 - scale) / v_weak
+    pulled = scale * 0.6 * mu / v + (1 - scale) * 0.6 * mu_weak / v_weak
+    torch.testing.assert_close(score, pulled - precision * X, rtol=1e-12, atol=1e-12)
 
 
 def test_guidance_of_x0_is_guidance_of_the_noise():
@@ -136,6 +157,27 @@ def test_guidance_on_an_interval_costs_weak_calls_there_only():
     assert end.abs().max() <= 1
 
 
+def test_guidance_on_an_interval_follows_the_exact_path():
+    """Two Gaussians of one variance: inside the interval the path is that of the extrapolated mean,
+    outside that of the strong one; each is x' = m + (x - m) sqrt((v + s'^2) / (v + s^2))."""
+    weak, strong = (with_label(gaussian(mean, 0.25), None) for mean in (0.2, 1.0))
+    ratios = torch.logspace(1.0, -3.0, 801, dtype=torch.float64)
+    grid = [NoiseLevel(torch.ones_like(ratio), ratio, ratio) for ratio in ratios]
+    guiding = guided(strong, weak, 2.0)
+    end = finish(ddim(within(guiding, strong, float(ratios[400]), float(ratios[150])), X, grid))
+
+    def moved(x: Tensor, *parts: tuple[int, int, float]) -> Tensor:
+        for now, then, mean in parts:
+            x = mean + (x - mean) * ((0.25 + ratios[then] ** 2) / (0.25 + ratios[now] ** 2)) ** 0.5
+        return x
+
+    # the step that begins at the lower end is still guided
+    exact = moved(X, (0, 150, 1.0), (150, 401, 1.8), (401, 800, 1.0))
+    torch.testing.assert_close(end, exact, rtol=0.0, atol=1e-2)
+    assert float((moved(X, (0, 800, 1.8)) - exact).abs().min()) > 0.1
+    assert float((moved(X, (0, 800, 1.0)) - exact).abs().min()) > 0.1
+
+
 def test_guidance_works_from_pure_noise():
     grid = levels(Flow(), 10, lambda s, n: s(torch.linspace(1, 0, n + 1)[:-1]))
     assert float(grid[0].alpha) == 0
@@ -145,3 +187,120 @@ def test_guidance_works_from_pure_noise():
     means = end.flatten(1).mean(1)
     assert means[0] < -0.5
     assert (means[1:] > 0.5).all()
+
+
+# --- through the whole road, calls counted -------------------------------------------------------
+
+
+def model(seed: int, classes: int = 2) -> Model:
+    """A network whose last layer does not start at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = UNet(ddpm_family(8, (1, 2), 1, (), 1).with_classes(classes, null=classes > 0))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    denoiser = Denoiser(net.eval(), Karras(), KarrasPrecond(0.5))
+    return Model(denoiser, Pictures(4, 4, 1), {})
+
+
+@pytest.fixture(scope="module")
+def strong() -> Model:
+    return model(0)
+
+
+@pytest.fixture(scope="module")
+def weak() -> Model:
+    return model(1)
+
+
+def drawn(strong: Model, **options: Any) -> tuple[Tensor, list[int], list[float]]:
+    """Pictures, how many pictures each evaluation was about, and the noise levels of the steps."""
+    calls: list[int] = []
+    seen: list[float] = []
+
+    def sampler(
+        denoise: Denoise, x: Tensor, levels: Sequence[NoiseLevel], *, noise: Draw | None = None
+    ) -> Iterator[Step]:
+        seen.extend(float(level.ratio) for level in levels[:-1])
+        return ddim(denoise, x, levels, noise=noise)
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append(len(output))
+
+    hook = strong.net.layers["00_conv"].register_forward_hook(count)
+    given: dict[str, Any] = {
+        "num_inference_steps": 10,
+        "mixed_precision": "no",
+        "sampler": sampler,
+        **options,
+    }
+    pictures = runs.generate(strong, 2, **given)
+    hook.remove()
+    return pictures, calls, seen
+
+
+INTERVAL = (0.1, 3.0)
+
+
+def inside(ratios: list[float]) -> list[bool]:
+    low, high = INTERVAL
+    return [low <= ratio <= high for ratio in ratios]
+
+
+def test_classifier_free_guidance_asks_for_no_class_inside_the_interval_only(strong: Model):
+    pictures, calls, ratios = drawn(strong, guidance_scale=3.0, guidance_interval=INTERVAL)
+    assert 2 < sum(inside(ratios)) < 8
+    assert calls == [4 if one else 2 for one in inside(ratios)]  # two labels in one call, or one
+    everywhere, calls, _ = drawn(strong, guidance_scale=3.0)
+    assert calls == [4] * 10
+    assert not torch.equal(pictures, everywhere)
+
+
+def test_autoguidance_calls_the_weak_model_inside_the_interval_only(strong: Model, weak: Model):
+    seen: list[int] = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(len(output))
+
+    hook = weak.net.layers["00_conv"].register_forward_hook(count)
+
+    def weak_calls(**options: Any) -> int:
+        seen.clear()
+        _, calls, _ = drawn(strong, **{"weak": weak, "guidance_scale": 2.0, **options})
+        assert calls == [2] * 10
+        return len(seen)
+
+    ratios = drawn(strong)[2]
+    assert weak_calls() == 10
+    assert weak_calls(guidance_interval=INTERVAL) == sum(inside(ratios))
+    assert weak_calls(guidance_interval=(100.0, math.inf)) == 0
+    assert weak_calls(guidance_interval=(0.0, math.inf)) == 10
+    assert weak_calls(guidance_scale=1.0) == 0
+    hook.remove()
+
+
+def test_scale_1_and_an_interval_without_levels_draw_the_plain_pictures(strong: Model, weak: Model):
+    plain, _, _ = drawn(strong)
+    for options in (
+        {"weak": weak},
+        {"guidance_interval": INTERVAL},
+        {"weak": weak, "guidance_interval": INTERVAL},
+        {"guidance_scale": 3.0, "guidance_interval": (100.0, 200.0)},
+        {"guidance_scale": 3.0, "weak": weak, "guidance_interval": (100.0, math.inf)},
+    ):
+        pictures, calls, _ = drawn(strong, **options)
+        assert torch.equal(pictures, plain), options
+        assert calls == [2] * 10
+
+
+def test_an_interval_that_holds_every_level_is_guidance_everywhere(strong: Model):
+    everywhere, _, ratios = drawn(strong, guidance_scale=3.0)
+    ends = (min(ratios), max(ratios))  # both belong to it
+    assert torch.equal(drawn(strong, guidance_scale=3.0, guidance_interval=ends)[0], everywhere)
+
+
+@pytest.mark.parametrize("interval", [(2.0, 1.0), (-0.1, 1.0), (math.nan, 1.0), (0.0, math.nan)])
+def test_an_interval_the_wrong_way_round_is_refused(interval: tuple[float, float], strong: Model):
+    with pytest.raises(ConfigError, match=r"^guidance_interval must be two noise levels .* got"):
+        runs.generate(strong, 1, guidance_scale=2.0, guidance_interval=interval)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fixtures.openai.rule import weights_of
+from undiffuse.cost import total_parameters
 from undiffuse.denoiser import KarrasPrecond
 from undiffuse.errors import CheckpointError, ConfigError, SpecError
 from undiffuse.interop._edm import LICENCE, EDMOptions, from_edm
@@ -143,8 +144,10 @@ class Reference:
     tensors: Tensors
     channels_per_head: int = 64
 
-    def __call__(self, x: Tensor, noise: Tensor, one_hot: Tensor | None) -> Tensor:
-        emb = self._embed(noise, one_hot)
+    def __call__(
+        self, x: Tensor, noise: Tensor, one_hot: Tensor | None, augment: Tensor | None = None
+    ) -> Tensor:
+        emb = self._embed(noise, one_hot, augment)
         order = dict.fromkeys(
             ".".join(name.split(".")[1:3])
             for name in self.tensors
@@ -181,7 +184,7 @@ class Reference:
         weight, bias = self._get(f"{name}.weight"), self._get(f"{name}.bias")
         return F.group_norm(x, groups, weight, bias, eps)
 
-    def _embed(self, noise: Tensor, one_hot: Tensor | None) -> Tensor:
+    def _embed(self, noise: Tensor, one_hot: Tensor | None, augment: Tensor | None) -> Tensor:
         song, half = self.layout.song, self.layout.base // 2
         k = torch.arange(half, dtype=torch.float32)
         angles = noise.float()[:, None] * torch.exp(k * (-math.log(1e4) / (half - song)))
@@ -189,6 +192,8 @@ class Reference:
         emb = emb.double()
         if one_hot is not None and song:
             emb = emb + self._linear("map_label", one_hot * math.sqrt(one_hot.shape[1]))
+        if augment is not None:
+            emb = emb + augment @ self._get("map_augment.weight").T
         emb = self._linear("map_layer1", F.silu(self._linear("map_layer0", emb)))
         if one_hot is not None and not song:
             emb = emb + one_hot @ self._get("map_label.weight").T
@@ -247,6 +252,25 @@ def test_outputs_are_those_of_the_description(layout: Layout, classes: int) -> N
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("layout", [SONG, replace(ADM, augment=9)], ids=["song", "adm"])
+def test_augmentation_is_heard_as_in_the_description(layout: Layout) -> None:
+    """2206.00364, appendix F.2: before the two layers of the embedding; zeros add nothing."""
+    tensors = {n: t.double() for n, t in weights_of(layout.shapes()).items()}
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    told = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    noise, labels = torch.tensor([0.5, -1.0], dtype=torch.float64), torch.tensor([0, 4])
+    reference, net = Reference(layout, tensors, 16), from_edm(tensors, OPTIONS).net()
+    one_hot = F.one_hot(labels, 5).double()
+    with torch.no_grad():
+        plain = net(x, noise, labels)
+        assert torch.equal(net(x, noise, labels, augment=0 * told), plain)
+        found = net(x, noise, labels, augment=told)
+    expected = reference(x, noise, one_hot, told)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-12
+    assert float((found - plain).abs().max() / expected.abs().max()) >= 1e-3
+
+
 @pytest.mark.parametrize("layout", [SONG, ADM], ids=["song", "adm"])
 def test_no_class_is_a_vector_of_zeros(layout: Layout) -> None:
     tensors = {n: t.double() for n, t in weights_of(layout.shapes()).items()}
@@ -273,27 +297,28 @@ def test_rows_of_labels_round_once() -> None:
 
 CIFAR = (True, 32, 128, (2, 2, 2), 4, (16,))
 ADM_64 = Layout(False, 64, 192, (1, 2, 3, 4), 3, (32, 16, 8), classes=1000)
-COUNTS = [  # in the file, and in our network, which has no input for augmentation
-    (Layout(*CIFAR), 55_732_739, 55_732_739),
-    (Layout(*CIFAR, augment=9), 55_733_891, 55_732_739),
-    (Layout(*CIFAR, classes=10, augment=9), 55_735_299, 55_734_147),
-    (Layout(True, 64, 128, (1, 2, 2, 2), 4, (16,), augment=9), 61_805_571, 61_804_419),
-    (ADM_64, 295_899_267, 295_899_267),
+COUNTS = [
+    (Layout(*CIFAR), 55_732_739),
+    (Layout(*CIFAR, augment=9), 55_733_891),
+    (Layout(*CIFAR, classes=10, augment=9), 55_735_299),
+    (Layout(True, 64, 128, (1, 2, 2, 2), 4, (16,), augment=9), 61_805_571),
+    (ADM_64, 295_899_267),
 ]
 
 
-@pytest.mark.parametrize(("layout", "file", "ours"), COUNTS)
-def test_counts_in_full_size(layout: Layout, file: int, ours: int) -> None:
+@pytest.mark.parametrize(("layout", "number"), COUNTS)
+def test_counts_in_full_size(layout: Layout, number: int) -> None:
     tensors = empty(layout)
-    assert count(tensors) == file
+    assert count(tensors) == number
     found = from_edm(tensors)
-    assert count(found.weights) == ours
+    assert count(found.weights) == total_parameters(found.spec) == number
     assert found.size == (layout.size, layout.size)
 
 
 def test_ddpmpp_is_our_recipe() -> None:
     found = from_edm(empty(Layout(*CIFAR, classes=10, augment=9)))
-    assert found.spec == ddpmpp_family(128, (2, 2, 2), 4, (1,)).with_classes(10, True)
+    ours = ddpmpp_family(128, (2, 2, 2), 4, (1,)).with_classes(10, True).with_augment(9)
+    assert found.spec == ours
     assert found.origin == "EDM SongUNet"
     assert found.schedule == Karras(0.002, 80.0)
     assert found.prediction == KarrasPrecond(0.5)
@@ -409,11 +434,12 @@ def test_what_was_left_out_or_assumed_is_said() -> None:
     assert notes[0] == LICENCE
     assert "CC BY-NC-SA 4.0" in LICENCE
     assert "sigma_data=0.25 is assumed" in notes[1]
-    assert "map_augment" in notes[2]
-    assert notes[3].startswith("label 5 means no class")
+    assert notes[2].startswith("label 5 means no class")
     assert all("\n" not in note for note in notes)
-    assert len(from_edm(empty(SONG), EDMOptions(label_dropout=True)).notes) == 3
+    assert len(from_edm(empty(SONG), EDMOptions(label_dropout=True)).notes) == 2
     assert len(from_edm(empty(ADM), OPTIONS).notes) == 2
+    strange = from_edm(empty(replace(SONG, augment=4))).notes
+    assert strange[2].startswith("what the 4 numbers that told of augmentation mean is not known")
 
 
 def test_the_prefix_may_be_missing() -> None:

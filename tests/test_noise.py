@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -18,6 +18,7 @@ from undiffuse.noise import (
     Flow,
     Karras,
     KarrasSpacing,
+    LeadIn,
     LinearBetas,
     NoiseLevel,
     ScaledLinearBetas,
@@ -27,12 +28,14 @@ from undiffuse.noise import (
     clean,
     descending,
     keyed,
+    keyed_even,
     keyed_normal,
     keyed_uniform,
     levels,
     order,
     uniform,
 )
+from undiffuse.oracles import power_law_field
 
 SCHEDULES = [
     *(LinearBetas(), LinearBetas(37, last=0.3), ScaledLinearBetas(), Sigmoid(), Sigmoid(60)),
@@ -221,6 +224,9 @@ def test_at_finds_every_entry_of_a_table():
         (lambda: Flow(t_min=0.0), "t_min=0.0"),
         (lambda: Flow(t_min=1.0), "t_min=1.0"),
         (lambda: LinearBetas(first=math.nan), "first=nan"),
+        (lambda: LeadIn(spread=0.0), "spread=0.0"),
+        (lambda: LeadIn(spread=math.nan), "spread=nan"),
+        (lambda: LeadIn(values=0), "values=0"),
         (lambda: levels(Flow(), 0), "num_inference_steps must be at least 1; got 0"),
     ],
 )
@@ -234,8 +240,8 @@ def test_impossible_settings_are_refused_by_name(make, message: str):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("spacing", [uniform, KarrasSpacing(), None])
-@pytest.mark.parametrize("steps", [1, 2, 17])
+@pytest.mark.parametrize("spacing", [uniform, KarrasSpacing(), LeadIn(), LeadIn(3.0, 12_288), None])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 17])
 def test_grids_fall_to_exactly_clean(schedule: Schedule, spacing, steps: int):
     grid = levels(schedule, steps, spacing)
     assert len(grid) == steps + 1
@@ -267,6 +273,41 @@ def test_karras_spacing_is_the_published_grid():
     sigma = (80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     ours = [float(level.sigma) for level in levels(Karras(), 18)]
     np.testing.assert_allclose(ours, [*sigma, 0.0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "above"), [(4, 1), (10, 1), (15, 1), (16, 2), (100, 7)])
+def test_the_lead_in_has_one_level_in_fifteen_above_its_reach(steps: int, above: int):
+    """Both parts are Karras grids, and meet: from 80 to 10 and from 10 to 0.01."""
+    spacing = LeadIn(spread=0.5, values=64)
+    assert spacing.reach == 10.0
+    ratios = spacing(Karras(), steps).ratio
+    high, low = ratios[: above + 1], ratios[above:]
+    for part, ends in ((high, (80.0, 10.0)), (low, (10.0, 0.01))):
+        torch.testing.assert_close(part[[0, -1]], f64(*ends), rtol=1e-12, atol=0.0)
+        even = (part ** (1 / 7)).diff()
+        torch.testing.assert_close(even, even.mean().expand(len(even)), rtol=1e-9, atol=1e-12)
+
+
+def test_the_lead_in_reaches_down_as_far_as_large_pictures_allow():
+    """Four deviations of a natural field's strongest direction are above the noise there."""
+    assert LeadIn(0.5, 16 * 16).reach == pytest.approx(10.0)
+    assert LeadIn(0.25, 3 * 64 * 64).reach == pytest.approx(0.25 * 1.25 * 64 * 3**0.5)
+    strongest = float(power_law_field(2.0, 24, 24, spread=0.5).eigenvalues.max()) ** 0.5
+    assert LeadIn(0.5, 24 * 24).reach == pytest.approx(4 * strongest, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "spacing"),
+    [
+        (Karras(), LeadIn(0.5, 10**6)),  # reaches above 80
+        (LinearBetas(37, last=0.3), LeadIn(4.0)),  # above the schedule's own top
+        (Flow(), LeadIn(1e-5)),  # below the schedule's own bottom
+    ],
+)
+def test_without_room_for_a_lead_in_the_grid_is_plain(schedule: Schedule, spacing: LeadIn):
+    plain = KarrasSpacing(low=spacing.spread / 50)
+    for ours, theirs in zip(spacing(schedule, 9), plain(schedule, 9), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_descending_goes_through_the_given_ratios():
@@ -336,7 +377,7 @@ def test_a_seed_outside_64_bits_is_refused(seed: int):
 
 def test_the_numbers_are_the_file_format():
     """Changing any of these changes every run that is resumed."""
-    assert [int(s) for s in Stream] == list(range(11))
+    assert [int(s) for s in Stream] == list(range(12))
     assert keyed_uniform(0, Stream.LEVEL, range(1), 2)[0].tolist() == pytest.approx(
         GOLDEN_UNIFORM, abs=0.0, rel=1e-15
     )
@@ -387,3 +428,31 @@ def test_epochs_and_seeds_differ():
     size = 50
     seen = {tuple(order(s, size, range(e * size, (e + 1) * size))) for s in (0, 1) for e in (0, 1)}
     assert len(seen) == 4
+
+
+@given(st.integers(0, 2**40), st.integers(1, 300), st.integers(0, 2**63))
+@settings(max_examples=50, deadline=None)
+def test_even_numbers_leave_no_gap_in_any_stretch_of_positions(
+    first: int, count: int, seed: int
+) -> None:
+    """The golden ratio's gaps are at most 1 + 1 / phi = 1.618 / n, plus one for where n ends."""
+    values = keyed_even(seed, Stream.LEVEL, range(first, first + count))
+    assert values.shape == (count,)
+    ends = np.sort(values)
+    assert ((values >= 0) & (values < 1)).all()
+    gaps = np.diff(np.concatenate([ends, [ends[0] + 1]]))
+    assert gaps.max() <= 2.62 / count + 1e-12
+
+
+def test_even_numbers_belong_to_positions_and_not_to_batches() -> None:
+    whole = keyed_even(3, Stream.LEVEL, range(10, 30))
+    parts = [keyed_even(3, Stream.LEVEL, r) for r in (range(10, 17), range(17, 30))]
+    assert (whole == np.concatenate(parts)).all()
+    assert (whole != keyed_even(4, Stream.LEVEL, range(10, 30))).all()
+    assert (whole != keyed_even(3, Stream.NOISE, range(10, 30))).all()
+
+
+def test_the_mean_over_seeds_of_even_numbers_is_uniform() -> None:
+    values = np.array([keyed_even(seed, Stream.LEVEL, range(5, 6))[0] for seed in range(2000)])
+    assert abs(values.mean() - 0.5) < 0.03
+    assert abs(values.var() - 1 / 12) < 0.01

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from undiffuse import oracles
 from undiffuse.denoiser import Denoiser, KarrasPrecond
 from undiffuse.errors import ConfigError
+from undiffuse.evaluation import LevelDenoiser
 from undiffuse.noise import (
     Flow,
     Karras,
@@ -20,18 +22,22 @@ from undiffuse.noise import (
     Stream,
     clean,
     keyed_normal,
+    keyed_uniform,
     levels,
 )
 from undiffuse.oracles import (
     FiniteSet,
     Gaussian,
+    Known,
     Mixture,
     Oracle,
     Smoothed,
     fit_gaussian,
     gaussian_flow,
+    measured_mmse,
+    power_law_field,
 )
-from undiffuse.sampling import ddim, dpmpp_2m, finish, heun, start
+from undiffuse.sampling import ddim, dpmpp_2m, dpmpp_3m, finish, heun, ipndm, start, unipc
 
 SHAPE = (1, 2, 2)
 SIZE = math.prod(SHAPE)
@@ -151,6 +157,57 @@ def test_draw_has_the_covariance():
     torch.testing.assert_close(linear.mT @ linear, covariance(g))
 
 
+# --- random fields ------------------------------------------------------------------------------
+
+
+def filtered(white: Tensor, exponent: float) -> Tensor:
+    """Fields on a torus: each wave of `white` times k^(-exponent / 2), one after the other."""
+    side = white.shape[-1]
+    place = torch.arange(side, dtype=torch.float64) * 2 * math.pi / side
+    fields = torch.zeros_like(white)
+    for v in range(side):
+        for u in range(side):
+            k = math.hypot(min(v, side - v), min(u, side - u))
+            angle = place[:, None] * v + place * u
+            wave = torch.complex(angle.cos(), angle.sin())
+            share = (white * wave.conj()).sum((-2, -1), keepdim=True)
+            fields += (share * wave).real * (k and k ** (-exponent / 2))
+    return fields
+
+
+def test_a_power_law_field_is_a_window_of_periodic_ones():
+    """White noise is a sum of independent impulses; their answers add up to the covariance."""
+    torus, (height, width) = 8, (3, 4)
+    impulses = torch.eye(torus**2, dtype=torch.float64).reshape(-1, torus, torus)
+    seen = filtered(impulses, 1.7)[:, :height, :width].flatten(1)
+    expected = seen.mT @ seen
+    expected *= 0.6**2 / expected[0, 0]
+    g = power_law_field(1.7, height, width, spread=0.6)
+    assert g.mean.shape == (1, height, width)
+    found = (g.eigenvectors * g.eigenvalues) @ g.eigenvectors.mT
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 3.5])
+def test_a_power_law_field_has_its_spread_and_knows_neither_edge_nor_period(exponent: float):
+    g = power_law_field(exponent, 6, 9)
+    cov = (g.eigenvectors * g.eigenvalues) @ g.eigenvectors.mT
+    torch.testing.assert_close(cov.diag(), torch.ones(54, dtype=torch.float64))
+    by_place = cov.reshape(6, 9, 6, 9)
+    torch.testing.assert_close(by_place[0, 0, :5, :8], by_place[1, 1, 1:, 1:])  # moved by a pixel
+    if exponent >= 1.0:  # a period would bring the last column back to the first
+        assert by_place[0, 0, 0].diff().max() < 0.02
+        assert by_place[0, 0, 0, 8] < 0.6 * by_place[0, 0, 0, 1]
+
+
+def test_a_larger_torus_makes_the_window_a_smaller_part():
+    """Waves longer than the window: its mean varies more."""
+    means = [
+        power_law_field(2.0, 8, 8, torus=torus).eigenvalues.max() / 64 for torus in (8, 16, 32)
+    ]
+    assert means[0] < means[1] < means[2] < 1
+
+
 # --- the probability flow -----------------------------------------------------------------------
 
 
@@ -233,6 +290,17 @@ def test_smoothed_set_is_the_mixture_of_its_kernels(level: NoiseLevel):
     )
 
 
+def test_the_score_is_the_slope_of_the_log_density():
+    """(alpha D* - x) / sigma^2 (Tweedie's formula)."""
+    mixture = ORACLES["mixture"]
+    for oracle in (full_gaussian(), low_rank_gaussian(0.1), mixture):
+        for level in LEVELS[:3]:
+            x = normal(3, *SHAPE, seed=2).requires_grad_()
+            (slope,) = torch.autograd.grad(oracle.log_density(x, level).sum(), x)
+            score = (level.alpha * oracle(x, level) - x) / level.sigma**2
+            torch.testing.assert_close(score, slope, rtol=1e-9, atol=1e-9)
+
+
 def test_one_component_is_the_gaussian_and_bandwidth_0_the_finite_set():
     x, level, g = normal(5, *SHAPE, seed=2), at(0.6, 0.8), full_gaussian()
     torch.testing.assert_close(Mixture((g,), (3.0,), (0,))(x, level), g(x, level))
@@ -298,6 +366,17 @@ def test_jacobian_is_symmetric_and_not_negative(
     assert torch.linalg.eigvalsh(square).min() > -1e-9
 
 
+def test_jacobian_is_the_posterior_covariance():
+    """By brute force over the points of a set."""
+    (points, _), x, level = some_set(), normal(1, *SHAPE, seed=4), at(0.8, 0.6)
+    square = (x - level.alpha * points).square().flatten(1).sum(1)
+    weights = torch.softmax(-square / (2 * level.sigma**2), 0)
+    rows = points.flatten(1) - weights @ points.flatten(1)
+    expected = level.alpha / level.sigma**2 * (rows.mT * weights) @ rows
+    jacobian = torch.autograd.functional.jacobian(lambda v: FiniteSet(points)(v, level), x)
+    torch.testing.assert_close(jacobian.reshape(SIZE, SIZE), expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ORACLES)
 def test_a_batch_of_levels_is_each_level_alone_and_dtype_is_kept(name: str):
     oracle, x = ORACLES[name], normal(3, *SHAPE, seed=2)
@@ -323,6 +402,133 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(oracle(x, level, asked), classed, rtol=1e-12, atol=1e-12)
 
 
+class Largest(TorchDispatchMode):
+    """The most numbers that any new tensor held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("label", [None, torch.tensor([0, 2, 1])])
+def test_memory_does_not_grow_with_the_set(label: Tensor | None, monkeypatch: pytest.MonkeyPatch):
+    """Half of the set's numbers in any temporary would be found."""
+    monkeypatch.setattr(oracles, "CHUNK", 600)
+    points = normal(3000, 1, 5, 4, seed=1).float()
+    oracle = Smoothed(points, 0.1, torch.arange(3000) % 3)
+    x, level = normal(3, 1, 5, 4, seed=2), at(1.0, 0.5)
+    with Largest() as largest:
+        found = oracle(x, level, label)
+    assert largest.numbers <= 3000  # the set's labels; its pictures are 60,000 numbers
+    monkeypatch.undo()
+    torch.testing.assert_close(found, oracle(x, level, label), rtol=1e-12, atol=1e-12)
+
+
+def test_a_large_set_is_bayes_rule_to_rounding():
+    """Ten times as many points as fit in a chunk, of single precision and far from the origin."""
+    points = (normal(2000, 3, 32, 32, seed=1) + 5).float()
+    assert points.numel() > 10 * oracles.CHUNK
+    x, level = points[:2].double() + 30 * normal(2, 3, 32, 32, seed=2), at(1.0, 30.0)
+    parts = points.split(100)
+    square = torch.cat([(x[:, None] - p.double()).square().flatten(2).sum(2) for p in parts], 1)
+    weights = torch.softmax(-square / (2 * 30**2), 1).split(100, 1)
+    expected = sum(w @ p.double().flatten(1) for w, p in zip(weights, parts, strict=True))
+    assert float(torch.cat(weights, 1).max()) < 0.9  # a mean of many
+    torch.testing.assert_close(
+        FiniteSet(points)(x, level).flatten(1), expected, rtol=1e-11, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize(("set_on", "x_on"), [("cpu", "meta"), ("cpu", "cuda"), ("cuda", "cpu")])
+def test_the_set_may_lie_elsewhere_than_x(set_on: str, x_on: str):
+    """`meta` knows devices and shapes but no numbers: mixing it with another device is refused."""
+    if "cuda" in (set_on, x_on) and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    (points, label), x, level = some_set(), normal(4, *SHAPE, seed=2).float(), at(0.9, 0.3)
+    for make in (FiniteSet, lambda p, lab: Smoothed(p, 0.2, lab)):
+        oracle = make(points.to(set_on), label.to(set_on))
+        found = oracle(x.to(x_on), level)
+        assert found.device.type == x_on
+        assert found.dtype == torch.float32
+        assert oracle.x0.device.type == set_on
+        if x_on != "meta":
+            asked = torch.tensor([0, 2, 1, 0])
+            torch.testing.assert_close(found.cpu(), make(points, label)(x, level))
+            torch.testing.assert_close(
+                oracle(x.to(x_on), level, asked.to(x_on)).cpu(),
+                make(points, label)(x, level, asked),
+            )
+
+
+# --- the least possible error, measured ---------------------------------------------------------
+
+
+def draws(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise for pictures, uniform numbers for choices, and noise to add."""
+    uniform = torch.from_numpy(keyed_uniform(0, Stream.EVALUATE, range(count), 1)[:, 0])
+    return normal(count, *SHAPE, seed=11), uniform, normal(count, *SHAPE, seed=12)
+
+
+@pytest.mark.parametrize("level", [at(1.0, 0.3), at(0.6, 0.8)])
+def test_measured_mmse_is_the_formula_where_there_is_one(level: NoiseLevel):
+    noise, uniform, added = draws(20_000)
+    g, h = full_gaussian(), 0.4
+    one = Smoothed(g.mean[None], h)  # a Gaussian of covariance h^2 I
+    formula = h**2 * level.sigma**2 / (level.alpha**2 * h**2 + level.sigma**2)
+    for x0, oracle, expected in (
+        (g.draw(noise), g, g.mmse(level)),
+        (one.draw(noise, uniform)[0], one, formula),
+        (Mixture((g, g), (1.0, 2.0), (0, 1)).draw(noise, uniform)[0], g, g.mmse(level)),
+    ):
+        found = measured_mmse(oracle, x0, added, level)
+        assert abs(found.value - expected) < 4 * found.error < 0.1 * expected
+
+
+@pytest.mark.parametrize("name", ["mixture", "finite", "smoothed"])
+def test_measured_mmse_is_the_power_that_the_estimate_lacks(name: str):
+    """E|x0 - D*|^2 = E|x0|^2 - E|D*|^2, and knowing the class is never worse."""
+    oracle, level, count = ORACLES[name], at(0.8, 0.6), 20_000
+    noise, uniform, added = draws(count)
+    x0, label = oracle.draw(uniform) if name == "finite" else oracle.draw(noise, uniform)
+    found = measured_mmse(oracle, x0, added, level)
+    estimate = oracle(level.mix(x0, added), level)
+    lacking = (x0.square() - estimate.square()).flatten(1).mean(1)
+    scatter = float(lacking.std()) / math.sqrt(count)
+    assert abs(found.value - lacking.mean()) < 4 * math.hypot(scatter, float(found.error))
+    knowing = measured_mmse(oracle, x0, added, level, label)
+    assert knowing.value < found.value
+    with pytest.raises(ConfigError, match="at least two pictures; got 1"):
+        measured_mmse(oracle, x0[:1], added[:1], level)
+
+
+def test_draws_are_those_of_the_data():
+    noise, uniform, _ = draws(20_000)
+    a, b = full_gaussian(), low_rank_gaussian(0.2)
+    x0, label = Mixture((a, b), (0.3, 0.7), (4, 9)).draw(noise, uniform)
+    assert float((label == 9).double().mean()) == pytest.approx(0.7, abs=0.02)
+    for part, g in ((x0[label == 4], a), (x0[label == 9], b)):
+        torch.testing.assert_close(part.mean(0), g.mean, rtol=0.0, atol=0.06)
+        sample = torch.from_numpy(np.cov(part.flatten(1).numpy(), rowvar=False))
+        torch.testing.assert_close(sample, covariance(g), rtol=0.0, atol=0.06)
+    points, classes = some_set()
+    drawn, label = FiniteSet(points, classes).draw(uniform)
+    index = (drawn[:, None] == points).flatten(2).all(2).long().argmax(1)
+    torch.testing.assert_close(points[index], drawn)
+    assert torch.equal(classes[index], label)
+    assert index.bincount().min() > 20_000 / 7 * 0.9
+    blurred, same = Smoothed(points, 0.3, classes).draw(noise, uniform)
+    torch.testing.assert_close(blurred, drawn + 0.3 * noise)
+    assert torch.equal(label, same)
+    last = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert torch.equal(FiniteSet(points).draw(last)[0], points[-1:])
+
+
 # --- in the place of a network ------------------------------------------------------------------
 
 
@@ -340,7 +546,16 @@ def test_zero_output_is_optimal_under_karras_preconditioning_on_its_own_gaussian
     assert abs(loss.mean() - 1) < 4 * loss.std() / math.sqrt(n)
 
 
-@pytest.mark.parametrize("sampler", [ddim, heun, dpmpp_2m])
+def test_an_oracle_with_a_schedule_stands_where_a_denoiser_does():
+    points, label = some_set()
+    known = Known(FiniteSet(points, label), Karras())
+    assert isinstance(known, LevelDenoiser)
+    x, level, asked = normal(3, *SHAPE), levels(known.schedule, 5)[2], torch.tensor([2, 0, 1])
+    assert torch.equal(known(x, level), known.oracle(x, level))
+    assert torch.equal(known(x, level, asked), known.oracle(x, level, asked))
+
+
+@pytest.mark.parametrize("sampler", [ddim, heun, dpmpp_2m, dpmpp_3m, unipc, ipndm])
 def test_a_perfect_solver_ends_exactly_on_the_set(sampler):
     points, _ = some_set()
     oracle = FiniteSet(points)
@@ -413,6 +628,10 @@ def test_what_cannot_be_is_refused():
         fit_gaussian(some_set()[0], 1.5)
     with pytest.raises(ConfigError, match="bandwidth must be at least 0; got -1"):
         Smoothed(some_set()[0], -1.0)
+    for setting in ({"exponent": math.nan}, {"spread": 0.0}, {"height": 0}, {"torus": 3}):
+        (field,) = setting
+        with pytest.raises(ConfigError, match=f"power_law_field needs .* {field}="):
+            power_law_field(**{"exponent": 2.0, "height": 4, "width": 4, **setting})
     g = full_gaussian()
     with pytest.raises(ConfigError, match="got 1, 2 and 1"):
         Mixture((g,), (1.0, 2.0), (0,))

@@ -35,6 +35,7 @@ def count(spec: UNetSpec) -> int:
 # Published counts where there are any: DDPM 35.7 M and 113.7 M, ADM-64 295.9 M, improved 121 M.
 GOLDEN: dict[str, tuple[Callable[[], UNetSpec], int]] = {
     "tiny": (lambda: preset("tiny"), 1_164_259),
+    "compact": (lambda: preset("compact"), 1_695_651),
     "light": (lambda: preset("light"), 8_952_067),
     "ddpm": (lambda: preset("ddpm"), 35_746_307),
     "improved": (lambda: preset("improved"), 121_060_483),
@@ -246,12 +247,18 @@ def test_dropout_reaches_the_style_and_adds_no_parameters() -> None:
     assert count(preset("tiny", dropout=0.1)) == count(preset("tiny"))
 
 
+def test_augmentation_reaches_the_embedding() -> None:
+    told, plain = preset("tiny", augment=9), preset("tiny")
+    assert told == plain.with_augment(9)
+    assert count(told) - count(plain) == 9 * plain.style.embedding.width
+
+
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         preset("ddmp")
     assert str(caught.value) == (
-        "no preset is called 'ddmp'. Did you mean ddpm? There are: tiny, light, ddpm, improved,"
-        " highres, adm-64, naive"
+        "no preset is called 'ddmp'. Did you mean ddpm? There are: tiny, compact, light, ddpm,"
+        " improved, highres, adm-64, naive"
     )
     with pytest.raises(ConfigError, match=r"no preset is called 'xyz'\. There are: tiny"):
         preset("xyz")

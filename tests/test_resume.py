@@ -64,6 +64,7 @@ BASE: dict[str, Any] = {
     "sample_every": 1000,
     "checkpointing_steps": 1000,
     "learning_rate": 5e-3,
+    "ema_snapshots": 2,
 }
 ALL_AT_ONCE: dict[str, Any] = {
     "train_batch_size": 4,  # epochs of 9 pictures end inside batches
@@ -73,6 +74,7 @@ ALL_AT_ONCE: dict[str, Any] = {
     "resolution": 8,
     "dropout": 0.3,
     "label_dropout": 0.5,
+    "augment": 0.3,
     "mixed_precision": "bf16",
     "adam_weight_decay": 0.1,
     "seed": 2**63 - 1,
@@ -89,6 +91,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "crops": ({"random_crop": True, "resolution": 8}, (2,)),
     "dropout": ({"dropout": 0.3}, (5,)),
     "label dropout": ({"label_dropout": 0.5}, (2,)),
+    "augmentation": ({"augment": 0.5}, (5,)),
     "bf16": ({"mixed_precision": "bf16"}, (5,)),
     "weight decay": ({"adam_weight_decay": 0.1}, (2,)),
     "min-SNR on a table": (
@@ -227,6 +230,13 @@ def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(
     assert one.state["counters"] == other.state["counters"]
     files = [run / "model.safetensors" for run in (straight[name], stopped[name])]
     assert files[0].read_bytes() == files[1].read_bytes()
+    assert other.tensors["ema_second"].keys() == other.tensors["ema"].keys()
+    averages = [
+        {path.name: path.read_bytes() for path in (run / "ema").iterdir()}
+        for run in (straight[name], stopped[name])
+    ]
+    assert len(averages[0]) == 4  # two averages, half way and at the end
+    assert averages[0] == averages[1]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import undiffuse
 from undiffuse import cost, images, recipes, runs
+from undiffuse.augmentation import Augment
 from undiffuse.checkpoint import Checkpoints, Model, load_model, save_model
 from undiffuse.config import Device, RunConfig, SampleConfig, Weights, flatten, override
 from undiffuse.denoiser import Epsilon, KarrasPrecond, OnGrid, Velocity
@@ -42,6 +43,7 @@ QUICK: dict[str, Any] = {
     "mixed_precision": "no",
     "num_samples": 2,
     "device": "cpu",
+    "ema_snapshots": 0,  # tests/test_averaging.py keeps them
 }
 TWO_STEPS: dict[str, Any] = {**QUICK, "max_train_steps": 2}
 
@@ -756,6 +758,50 @@ def test_init_from_with_other_classes_starts_their_table_afresh(
     assert_same(
         plan.net.state_dict(), {k: v for k, v in stored.items() if "embedding.labels" not in k}
     )
+
+
+def test_augmentation_is_told_to_the_network_and_to_nobody_else(
+    tmp_path: Path, finished: Path, pictures: Path
+) -> None:
+    plain = make_plan(request(pictures, tmp_path / "run"))
+    plan = make_plan(request(pictures, tmp_path / "run", augment=0.25))
+    assert plan.recipe.augment == Augment(0.25)
+    assert plan.spec == plain.spec.with_augment(9)
+    weights = plan.net.state_dict()
+    assert not weights.pop("embedding.augment").any()
+    assert_same(weights, plain.net.state_dict())
+    started = make_plan(request(pictures, tmp_path / "run", augment=0.25, init_from=finished))
+    weights = started.net.state_dict()
+    assert not weights.pop("embedding.augment").any()
+    assert_same(weights, undiffuse.load(finished).net.state_dict())
+
+
+def test_augmentation_may_change_within_a_run_but_not_begin_there(
+    tmp_path: Path, finished: Path, pictures: Path
+) -> None:
+    run = tmp_path / "run"
+    run_until(request(pictures, run, augment=0.5), 2)
+    less = make_plan(request(pictures, run, augment=0.0, resume="latest"))
+    assert less.spec.augment == 9
+    assert less.recipe.augment is None
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    with pytest.raises(CheckpointError, match=r"augment is above 0 here.* not told of it"):
+        events(request(pictures, again, augment=0.5, resume="latest"))
+
+
+def test_initial_weights_that_were_told_other_numbers_are_refused(
+    tmp_path: Path, finished: Path, pictures: Path
+) -> None:
+    model = undiffuse.load(finished)
+    net = UNet(model.spec.with_augment(4))
+    net.load_state_dict(model.net.state_dict(), strict=False)
+    other = replace(model, denoiser=replace(model.denoiser, net=net))
+    undiffuse.checkpoint.save_model(tmp_path / "m", other)
+    kept = make_plan(request(pictures, tmp_path / "run", init_from=tmp_path / "m"))
+    assert kept.spec.augment == 4
+    with pytest.raises(ConfigError, match="init_from is told 4 numbers of each transformation"):
+        events(request(pictures, tmp_path / "run", augment=0.1, init_from=tmp_path / "m"))
 
 
 def test_a_run_that_started_from_another_network_can_be_resumed(

@@ -37,8 +37,9 @@ from undiffuse.unet import UNet
 
 SHAPE = (4, 3, 8, 8)
 SIZE = math.prod(SHAPE)
-EVALUATIONS = {"ddpm": 1, "ddim": 1, "heun": 2, "dpmpp_2m": 1}  # per step
-PASSES = {"ddpm": 3, "ddim": 2, "heun": 4, "dpmpp_2m": 3}  # the sampler's own, per step
+EVALUATIONS = {key: 2 if key == "heun" else 1 for key in SAMPLERS}  # per step
+PASSES = dict.fromkeys(SAMPLERS, 4)  # the sampler's own, per step
+PASSES |= {"ddpm": 3, "ddim": 2, "dpmpp_2m": 3, "unipc": 5, "ipndm": 7}
 
 
 class Watch(TorchDispatchMode):

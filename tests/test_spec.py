@@ -117,6 +117,19 @@ def test_with_classes_changes_the_label_table_alone() -> None:
     assert labelled.with_classes(0, null=False) == spec
 
 
+def test_with_augment_changes_the_map_alone() -> None:
+    spec = UNetSpec(3, 3, U)
+    told = spec.with_augment(9)
+    assert (spec.augment, told.augment) == (0, 9)
+    assert told.with_augment(0) == spec
+
+
+def test_a_network_that_cannot_hear_of_augmentation_is_refused() -> None:
+    """It would generate what it was not told is augmented."""
+    with pytest.raises(SpecError, match=r"embedding\.augment is 9, but no op hears it.* add a Res"):
+        UNetSpec(3, 3, (Conv(4), Out())).with_augment(9)
+
+
 def test_specs_are_values() -> None:
     assert hash(UNetSpec(3, 3, U)) == hash(UNetSpec(3, 3, U))
     with pytest.raises(FrozenInstanceError):
@@ -333,6 +346,8 @@ def test_message_about_style(field: str, value: Any, message: str) -> None:
         ({"out": 2.5}, "embedding.out must be a whole number of at least 1; got 2.5"),
         ({"classes": -1}, "embedding.classes must be a whole number of at least 0; got -1"),
         ({"classes": True}, "embedding.classes must be a whole number of at least 0; got True"),
+        ({"augment": -1}, "embedding.augment must be a whole number of at least 0; got -1"),
+        ({"augment": 9.0}, "embedding.augment must be a whole number of at least 0; got 9.0"),
         ({"null": True}, "embedding.null needs classes; got classes=0: set null=False"),
         (
             {"half_minus_one": True, "width": 3},

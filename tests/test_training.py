@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from undiffuse import kernels
+from undiffuse.averaging import ema_gamma
 from undiffuse.config import LrScheduler, TrainConfig
 from undiffuse.denoiser import (
     Denoiser,
@@ -40,7 +41,6 @@ from undiffuse.training import (
     StepReport,
     TrainState,
     ema_beta,
-    ema_gamma,
     held_out_loss,
     learning_rate_at,
     make_batch,

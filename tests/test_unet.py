@@ -51,6 +51,7 @@ from undiffuse.unet import (
     TimestepEmbedding,
     UNet,
     Upsample,
+    call,
     norm_layer,
     pad_to_multiple,
 )
@@ -548,6 +549,39 @@ LABELLED = small(replace(STYLE, embedding=replace(EMBEDDING, classes=3, null=Tru
 WITHOUT_NULL = small(replace(STYLE, embedding=replace(EMBEDDING, classes=3)))
 
 
+AUGMENTED = small(replace(STYLE, embedding=replace(EMBEDDING, augment=9)))
+
+
+def test_zeros_of_augmentation_are_a_network_without_its_map_to_the_bit() -> None:
+    plain, told = seeded(small()), UNet(AUGMENTED)
+    missing = told.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.missing_keys == ["embedding.augment"]
+    assert not told.embedding.augment.any()
+    x, timestep, _ = inputs(AUGMENTED)
+    expected = plain(x, timestep)
+    assert torch.equal(told(x, timestep, augment=noise(2, 9)), expected)  # the map starts at zero
+    torch.nn.init.normal_(told.embedding.augment)
+    assert torch.equal(told(x, timestep), expected)
+    assert torch.equal(told(x, timestep, augment=torch.zeros(2, 9)), expected)
+    assert not torch.allclose(told(x, timestep, augment=noise(2, 9)), expected)
+
+
+def test_the_map_of_augmentation_draws_no_number() -> None:
+    """With and without it, a seed gives the same other weights."""
+    plain, told = seeded(small()), seeded(AUGMENTED)
+    weights = told.state_dict()
+    assert not weights.pop("embedding.augment").any()
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+
+
+def test_augmentation_is_added_to_the_sinusoid() -> None:
+    embedding = shaken(TimestepEmbedding(replace(EMBEDDING, augment=4)))
+    timestep, told = noise(2, dtype=torch.float64) * 50, noise(2, 4, dtype=torch.float64)
+    first = embedding.sinusoid(timestep).double() + told @ embedding.augment.T
+    expected = F.silu(embedding.linear2(F.silu(embedding.linear1(first))))
+    torch.testing.assert_close(embedding(timestep, None, torch.float64, told), expected)
+
+
 def test_no_label_means_the_null_row() -> None:
     net = seeded(LABELLED)
     x, timestep, _ = inputs(LABELLED)
@@ -746,6 +780,26 @@ WRONG: dict[str, tuple[UNetSpec, tuple[Any, ...], str]] = {
         small(),
         (X, T, K),
         "label must be None: this network has no classes; got [2]",
+    ),
+    "augment for a network that hears none": (
+        small(),
+        (X, T, None, call, torch.zeros(2, 9)),
+        "augment must be None: this network hears no augmentation parameters; got [2, 9]",
+    ),
+    "augment of another length": (
+        AUGMENTED,
+        (X, T, None, call, torch.zeros(2, 8)),
+        "augment must be float of shape [2, 9]; got [2, 8] torch.float32",
+    ),
+    "augment in whole numbers": (
+        AUGMENTED,
+        (X, T, None, call, torch.zeros(2, 9, dtype=torch.int64)),
+        "augment must be float of shape [2, 9]; got [2, 9] torch.int64",
+    ),
+    "augment no tensor": (
+        AUGMENTED,
+        (X, T, None, call, [0.0] * 9),
+        "augment must be a torch.Tensor; got list: use torch.as_tensor",
     ),
 }
 

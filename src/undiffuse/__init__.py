@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from undiffuse import (
+        averaging,
         checkpoint,
         config,
         cost,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         images,
         interop,
         kernels,
+        likelihood,
         noise,
         oracles,
         recipes,
@@ -61,6 +63,7 @@ __all__ = [
     "UNet",
     "UNetSpec",
     "__version__",
+    "averaging",
     "checkpoint",
     "config",
     "cost",
@@ -77,6 +80,7 @@ __all__ = [
     "import_model",
     "interop",
     "kernels",
+    "likelihood",
     "list_models",
     "load",
     "noise",

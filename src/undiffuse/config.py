@@ -69,6 +69,10 @@ class SamplerName(StrEnum):
     DDIM = "ddim"
     HEUN = "heun"
     DPMPP_2M = "dpmpp_2m"
+    DPMPP_2M_SDE = "dpmpp_2m_sde"
+    DPMPP_3M = "dpmpp_3m"
+    UNIPC = "unipc"
+    IPNDM = "ipndm"
 
 
 class Weights(StrEnum):
@@ -168,7 +172,9 @@ class DataConfig(Checked):
 class ModelConfig(Checked):
     """Which network, and what its output means."""
 
-    preset: str | None = option(None, "network (default: tiny up to 32 pixels, else light)")
+    preset: str | None = option(
+        None, "a network (default: tiny up to 32 pixels, else light) or a recipe, such as minutes"
+    )
     dropout: float = option(0.0, "inside residual blocks", 0.0, below=1.0)
     class_conditional: bool = option(True, "use class labels where the data have them")
     prediction_type: PredictionType | None = option(
@@ -180,6 +186,11 @@ class ModelConfig(Checked):
     num_train_timesteps: int = option(1000, "length of the beta tables", 2, at_most=1_000_000)
     p_mean: float = option(-1.2, "mean of ln(sigma/alpha) in training (karras)")
     p_std: float = option(1.2, "deviation of ln(sigma/alpha) in training (karras)", above=0.0)
+    high_noise_weight: float | None = option(
+        None,
+        "loss weight 1 + (sigma/alpha/sigma_data)^2 up to this; 10 suits --stable-targets",
+        1.0,
+    )
     snr_gamma: float | None = option(None, "min-SNR weighting (2303.09556); 5 is usual", above=0.0)
 
 
@@ -201,8 +212,26 @@ class TrainConfig(Checked):
     adam_weight_decay: float = option(0.0, "AdamW", 0.0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0.0)
     label_dropout: float = option(0.1, "share of labels replaced by 'no class'", 0.0, at_most=1.0)
+    stable_targets: bool = option(
+        False,
+        "aim at the mean of all training pictures that a noised one may have been (2302.00670):"
+        " steadier gradients, for sets up to 16 million values",
+    )
+    augment: float = option(
+        0.0,
+        "probability of each transformation, of which the network is told, so that none is drawn"
+        " (2206.00364); 0.12 is usual below 10,000 pictures",
+        0.0,
+        at_most=1.0,
+    )
     ema_length: float = option(
         0.05, "relative length of the weights' average (2312.02696)", 0.005, at_most=0.25
+    )
+    ema_second_length: float | None = option(
+        None,
+        "length of a second one beside it (default: twice ema_length; the same length: none)",
+        0.005,
+        at_most=0.25,
     )
     seed: int = option(0, "of everything random", 0, below=2**63)
 
@@ -213,6 +242,11 @@ class TrainConfig(Checked):
                 f"gradient_accumulation_steps {self.parts} is more than train_batch_size"
                 f" {self.train_batch_size}; a part needs at least one picture"
             )
+
+    @property
+    def second_length(self) -> float | None:
+        """Of the average beside the first; None where there is none."""
+        return None if self.ema_second_length == self.ema_length else self.ema_second_length
 
     @property
     def parts(self) -> int:
@@ -245,6 +279,12 @@ class LogConfig(Checked):
     checkpoints_total_limit: int = option(2, "checkpoints kept", 2)
     sample_every: int = option(500, "steps between sample grids and held-out losses", 1)
     num_samples: int = option(16, "pictures in a sample grid", 1, at_most=10_000)
+    ema_snapshots: int = option(
+        8,
+        "times that the averages are kept, so that any length can be rebuilt; 0 none",
+        0,
+        at_most=100,
+    )
     report_to: Tracker = option(Tracker.NONE, "also log there")
 
 
@@ -257,6 +297,10 @@ class SampleConfig(Checked):
     sampler: SamplerName = option(SamplerName.DPMPP_2M, "the sampler")
     eta: float = option(0.0, "fresh noise in ddim: 0 none, 1 as ddpm", 0.0, at_most=1.0)
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none")
+    guidance_low: float = option(0.0, "no guidance at noise levels sigma/alpha below this", 0.0)
+    guidance_high: float | None = option(
+        None, "no guidance at noise levels sigma/alpha above this (2404.07724)", above=0.0
+    )
     class_label: tuple[str, ...] = option((), "class names or numbers (default: all in turn)")
     seed: int = option(0, "picture n depends on (seed, n) alone", 0, below=2**63)
     batch_size: int = option(64, "pictures computed at once; changes rounding only", 1)
@@ -264,6 +308,19 @@ class SampleConfig(Checked):
         Precision.AUTO, "bf16 inside the network; auto: where it is wide and the machine fast at it"
     )
     torch_compile: bool = option(False, "compile a bf16 network: minutes at first, then kept")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance_high is not None and self.guidance_high < self.guidance_low:
+            raise ConfigError(
+                f"guidance_low {self.guidance_low:g} is above guidance_high"
+                f" {self.guidance_high:g}; no noise level would be guided"
+            )
+
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        """The noise levels that are guided, lowest and highest."""
+        return self.guidance_low, math.inf if self.guidance_high is None else self.guidance_high
 
 
 @dataclass(frozen=True)
@@ -313,6 +370,81 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A network and how it is trained, under one name: settings by option."""
+
+    summary: str
+    settings: Mapping[str, object]
+
+
+# The times are those of two cores; docs/quality.md holds the choices against others.
+RECIPES: dict[str, NamedRecipe] = {
+    "seconds": NamedRecipe(
+        "500 steps, a minute for pictures of 16 pixels: is the folder read as it should be?",
+        {"max_train_steps": 500, "learning_rate": 2e-3, "ema_length": 0.1, "p_mean": -0.3},
+    ),
+    "minutes": NamedRecipe(
+        "5,000 steps, ten minutes for pictures of 16 pixels",
+        {
+            "max_train_steps": 5000,
+            "learning_rate": 2e-3,
+            "dropout": 0.05,
+            "ema_length": 0.1,
+            "p_mean": -0.3,
+        },
+    ),
+    "hours": NamedRecipe(
+        "60,000 steps, two hours for pictures of 16 pixels; augmented, for sets that are small",
+        {
+            "max_train_steps": 60_000,
+            "dropout": 0.1,
+            "augment": 0.12,
+            "ema_length": 0.1,
+            "p_mean": -0.3,
+            "checkpointing_steps": 2000,
+            "sample_every": 2000,
+        },
+    ),
+    "digits-demo": NamedRecipe(
+        "the demo: about a minute of training",
+        {
+            "preset": "compact",
+            "max_train_steps": 1000,
+            "learning_rate": 3e-3,
+            "ema_length": 0.1,
+            "p_mean": -0.3,
+            "p_std": 1.3,
+            "stable_targets": True,
+            "high_noise_weight": 10.0,
+        },
+    ),
+    "digits-best": NamedRecipe(
+        "as good as the digits allow: about ten minutes of training",
+        {
+            "preset": "compact",
+            "max_train_steps": 7000,
+            "learning_rate": 2e-3,
+            "dropout": 0.05,
+            "label_dropout": 0.35,
+            "ema_length": 0.1,
+            "p_mean": 0.0,
+            "p_std": 1.3,
+            "stable_targets": True,
+            "high_noise_weight": 10.0,
+        },
+    ),
+}
+
+
+def spelled_out(values: Mapping[str, object]) -> Mapping[str, object]:
+    """`values` with a recipe's name replaced by its settings, as far as they are not named."""
+    recipe = RECIPES.get(str(values.get("preset")))
+    if recipe is None:
+        return values
+    return {**recipe.settings, **values, "preset": recipe.settings.get("preset")}
+
+
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Every setting by option name, as JSON can hold it."""
     return {
@@ -325,9 +457,12 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
     """`config` with the named settings changed; values may be text, as typed, or JSON's types.
 
+    A recipe's name under "preset" stands for all its settings; those in `values` come first.
+
     Raises:
         ConfigError: an unknown name, or a value that is not of the option's kind or range.
     """
+    values = spelled_out(values)
     known = set(flatten(config))
     for name in values:
         if name not in known:

@@ -87,7 +87,7 @@ def parameters(site: Site, style: Style) -> int:
 
 
 def embedding_parameters(spec: UNetSpec) -> int:
-    """Number of parameters of the timestep embedding and its label table.
+    """Number of parameters of the timestep embedding, its label table and its map of augmentation.
 
     0 for a program without `Res`: nothing would listen, so the network has no embedding.
     """
@@ -95,6 +95,7 @@ def embedding_parameters(spec: UNetSpec) -> int:
         return 0
     one = spec.style.embedding
     linears = _linear(one.width, one.hidden) + _linear(one.hidden, one.out)
+    linears += one.augment * one.width
     return linears + (one.classes + int(one.null)) * (one.width if one.label_first else one.out)
 
 
@@ -211,7 +212,10 @@ def multiply_adds(site: Site, style: Style, height: int, width: int) -> int:
 
 
 def embedding_multiply_adds(spec: UNetSpec) -> int:
-    """Multiply-adds of the timestep embedding, once per picture."""
+    """Multiply-adds of the timestep embedding, once per picture.
+
+    Without those of the augmentation's map, which only training uses.
+    """
     one = spec.style.embedding
     return one.width * one.hidden + one.hidden * one.out if _hears(spec) else 0
 

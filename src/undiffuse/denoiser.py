@@ -21,7 +21,9 @@ from undiffuse.errors import ConfigError
 from undiffuse.noise import NoiseLevel, Schedule
 
 Pictures = Float[Tensor, "b c h w"]
-Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, timestep, label) -> output
+# (x, timestep, label) -> output; with a fourth argument by name, `augment`, in training on
+# augmented pictures alone
+Net = Callable[..., Tensor]
 Weighting = Callable[[NoiseLevel], Tensor]  # factor on the loss, shape of the level
 
 
@@ -166,15 +168,23 @@ class Denoiser:
         noise: Pictures,
         level: NoiseLevel,
         label: Int[Tensor, "b"] | None = None,
+        augment: Float[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b"]:
-        """Mean squared error of the raw output, per picture."""
+        """Mean squared error of the raw output, per picture.
+
+        `augment` tells the network how each picture was transformed (2206.00364, appendix F.2);
+        estimates by calling the denoiser never do, and so are of pictures as they were.
+        """
         x, k = level.mix(x0, noise), self.prediction(level)
         target = (x0 - k.c_skip * x) / k.c_out
-        return (self._net(x, k, label) - target).square().flatten(1).mean(1)
+        return (self._net(x, k, label, augment) - target).square().flatten(1).mean(1)
 
-    def _net(self, x: Pictures, k: Preconditioning, label: Tensor | None) -> Pictures:
+    def _net(
+        self, x: Pictures, k: Preconditioning, label: Tensor | None, augment: Tensor | None = None
+    ) -> Pictures:
         timestep = k.c_noise.to(x.dtype).to(x.device).flatten().expand(x.shape[0])
-        return self.net(k.c_in * x, timestep, label).to(x.dtype)
+        told = {} if augment is None else {"augment": augment}
+        return self.net(k.c_in * x, timestep, label, **told).to(x.dtype)
 
 
 # --- weighting of the loss by noise level -------------------------------------------------------
@@ -196,6 +206,22 @@ class MinSnr:
     def __call__(self, level: NoiseLevel) -> Tensor:
         snr = (level.alpha / level.sigma) ** 2
         return snr.clamp(max=self.gamma) * self.prediction(level).c_out ** 2
+
+
+@dataclass(frozen=True)
+class HighNoise:
+    """1 + (sigma / alpha / sigma_data)^2, at most `most`: the noisier, the more a level counts.
+
+    With stable targets the loss goes to 0 at high noise and stays where the training set cannot be
+    generalised, so that unweighted the latter's gradient drowns the former's. (2312.02696, eq. 21,
+    learns a weight per level for such a reason; this one is fixed.)
+    """
+
+    sigma_data: float = 0.5
+    most: float = 10.0
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return (1 + (level.ratio / self.sigma_data) ** 2).clamp(max=self.most)
 
 
 # --- which levels are trained -------------------------------------------------------------------
@@ -229,3 +255,20 @@ class LogNormal:
         tiny = torch.finfo(torch.float64).eps
         normal = torch.special.ndtri(u.double().clamp(tiny, 1 - tiny))
         return schedule.at((self.mean + self.std * normal).exp())
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """ln(sigma / alpha) uniform between the logarithms of two levels, all counted alike."""
+
+    low: float = 0.002
+    high: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.low < self.high < float("inf"):
+            raise ConfigError(
+                f"LogUniform needs 0 < low < high; got low={self.low}, high={self.high}"
+            )
+
+    def __call__(self, schedule: Schedule, u: Float[Tensor, "b"]) -> NoiseLevel:
+        return schedule.at(self.low * (self.high / self.low) ** u.double())

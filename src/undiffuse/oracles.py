@@ -1,7 +1,8 @@
 """Exact denoisers: data whose best possible estimate of the clean picture is a formula.
 
 An oracle is called like a denoiser, `(x, level, label=None) -> x0`, so it stands wherever one does:
-in samplers, guidance and evaluation. It returns the posterior mean D*(x) = E[x0 | x] of
+in samplers, guidance and, as `Known(oracle, schedule)`, in evaluation. It returns the posterior
+mean D*(x) = E[x0 | x] of
 
     x = alpha * x0 + sigma * noise
 
@@ -13,19 +14,20 @@ of x0 and D* is its mean. (2206.00364, appendix B.3; Kay, "Estimation theory", s
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
-from undiffuse.noise import NoiseLevel
+from undiffuse.noise import NoiseLevel, Schedule
 
 Pictures = Float[Tensor, "b c h w"]
 Rows = Float[Tensor, "b d"]  # pictures as float64 vectors
 
-CHUNK = 2**22  # float64 values in the largest temporary: 32 MiB
+CHUNK = 2**19  # float64 values in the largest temporary: 4 MiB, which caches hold
 
 
 @runtime_checkable
@@ -37,10 +39,61 @@ class Oracle(Protocol):
     ) -> Pictures: ...
 
 
+@dataclass(frozen=True)
+class Known:
+    """An oracle with the schedule whose levels it is asked for, as a `Denoiser` has one.
+
+    For whatever chooses the levels itself, such as `evaluation.loss_by_level`.
+    """
+
+    oracle: Oracle
+    schedule: Schedule
+
+    def __call__(
+        self, x: Pictures, level: NoiseLevel, label: Int[Tensor, "b"] | None = None
+    ) -> Pictures:
+        """E[x0 | x], or E[x0 | x, label]."""
+        return self.oracle(x, level, label)
+
+
+class Measured(NamedTuple):
+    """A mean over draws, and its standard error; 0-d float64."""
+
+    value: Tensor
+    error: Tensor
+
+
+def measured_mmse(
+    oracle: Oracle,
+    x0: Pictures,
+    noise: Pictures,
+    level: NoiseLevel,
+    label: Int[Tensor, "b"] | None = None,
+) -> Measured:
+    """E|x0 - D*|^2 per value by Monte Carlo, where there is no formula such as `Gaussian.mmse`.
+
+    It equals (E|x0|^2 - E|D*|^2) / d, since the error of D* is orthogonal to D*; measured directly
+    it is the less noisy, by far where sigma is small.
+
+    Args:
+        x0: at least two independent pictures from the oracle's own law, as its `draw` gives them.
+        noise: standard normal numbers.
+        label: the pictures' classes, for the MMSE of an estimate that knows them.
+
+    Raises:
+        ConfigError: there are fewer than two pictures.
+    """
+    if len(x0) < 2:
+        raise ConfigError(f"measured_mmse needs at least two pictures; got {len(x0)}")
+    estimate = oracle(level.mix(x0, noise), level, label)
+    errors = (estimate - x0).double().square().flatten(1).mean(1)
+    return Measured(errors.mean(), errors.std() / math.sqrt(len(errors)))
+
+
 def _rows(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """Float64 rows, on the device of `like`."""
+    """Float64 rows, on the device of `like`; they travel in their own precision."""
     device = x.device if like is None else like.device
-    return x.to(device=device, dtype=torch.float64).flatten(1)
+    return x.to(device).to(torch.float64).flatten(1)
 
 
 def _scales(level: NoiseLevel, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,6 +196,55 @@ def fit_gaussian(x0: Pictures, shrink: float = 0.0) -> Gaussian:
     return Gaussian(mean.reshape(x0.shape[1:]), (1 - shrink) * values + rest, vectors.mT, rest)
 
 
+def power_law_field(
+    exponent: float, height: int, width: int, *, spread: float = 1.0, torus: int | None = None
+) -> Gaussian:
+    """Random fields of one channel and zero mean with the power spectrum k^-`exponent`.
+
+    Natural pictures have exponents near 2 (Field 1987, "Relations between the statistics of natural
+    images and the response properties of cortical cells"). A field has neither edge nor period: it
+    is a window cut out of a field that is periodic on a `torus`, of which it shows no more than a
+    part. The covariance of two pixels is the spectrum's inverse transform at their distance
+    (Wiener-Khinchin), in closed form; its eigenvectors need O((height * width)^3) operations.
+
+    Args:
+        exponent: 0 is nearly white noise; the larger, the smoother. The torus has no mean (k = 0).
+        height: pixels of a picture.
+        width: likewise.
+        spread: standard deviation of every pixel.
+        torus: side of the torus in pixels; None takes twice the picture's longer side.
+
+    Raises:
+        ConfigError: the exponent is not finite, a size or the spread is not above 0, or the torus
+            is smaller than the picture or than 2 pixels.
+    """
+    side = 2 * max(height, width) if torus is None else torus
+    if not math.isfinite(exponent) or not 0.0 < spread < math.inf:
+        raise ConfigError(
+            "power_law_field needs a finite exponent and a spread above 0;"
+            f" got exponent={exponent} and spread={spread}"
+        )
+    if min(height, width) < 1 or side < max(height, width, 2):
+        raise ConfigError(
+            "power_law_field needs a height and a width of at least 1 and a torus as large as both,"
+            f" at least 2; got height={height}, width={width}, torus={side}"
+        )
+    by_distance = torch.fft.ifft2(_power(exponent, side)).real * spread**2
+    y = torch.arange(height).repeat_interleave(width)
+    x = torch.arange(width).repeat(height)
+    covariance = by_distance[y[:, None] - y, x[:, None] - x]  # distances below 0 count from the end
+    return Gaussian.from_covariance(torch.zeros(1, height, width), covariance)
+
+
+def _power(exponent: float, side: int) -> Float[Tensor, "n n"]:
+    """Variance of each wave on a torus, k^-exponent without k = 0; the mean is 1."""
+    k = torch.fft.fftfreq(side, dtype=torch.float64) * side
+    squared = k[:, None] ** 2 + k**2
+    power = squared.clamp(min=1.0) ** (-exponent / 2)
+    power[0, 0] = 0.0
+    return power / power.mean()
+
+
 def gaussian_flow(gaussian: Gaussian, x: Pictures, now: NoiseLevel, then: NoiseLevel) -> Pictures:
     """Where the probability-flow equation takes x from level `now` to level `then`, exactly.
 
@@ -223,6 +325,18 @@ class Mixture:
             out += share.reshape(-1, 1, 1, 1) * component(wide, level)
         return out.to(x.dtype)
 
+    def draw(
+        self, noise: Pictures, uniform: Float[Tensor, "b"]
+    ) -> tuple[Pictures, Int[Tensor, "b"]]:
+        """Clean pictures and their classes; `uniform` in [0, 1) chooses the components."""
+        shares = torch.tensor(self.weights, dtype=torch.float64, device=noise.device)
+        edges = shares.cumsum(0)[:-1] / shares.sum()
+        chosen = torch.bucketize(uniform.double().to(noise.device), edges, right=True)
+        x0 = torch.empty_like(noise)
+        for index, component in enumerate(self.components):
+            x0[chosen == index] = component.draw(noise[chosen == index])
+        return x0, torch.tensor(self.labels, device=noise.device)[chosen]
+
     def log_density(self, x: Pictures, level: NoiseLevel) -> Float[Tensor, "b"]:
         """ln p(x) at this level, in float64."""
         total = math.log(sum(self.weights))
@@ -262,10 +376,12 @@ def _check_labels(classes: Tensor, label: Tensor | None) -> None:
 class FiniteSet:
     """Pictures from a list, all equally likely: D* = softmax-weighted mean of the list.
 
-    On a training set this is the denoiser of least training loss: it has memorised the set.
+    On a training set this is the denoiser of least training loss: it has memorised the set. The
+    list may be large and lie on another device than x: it stays there in its own precision, and
+    chunks of it travel to x.
 
     Args:
-        x0: the list.
+        x0: the list; not to be changed afterwards.
         label: the class of each. With a label only that class's pictures count.
 
     Raises:
@@ -280,8 +396,17 @@ class FiniteSet:
     ) -> Pictures:
         """E[x0 | x], or E[x0 | x, label]."""
         alpha, sigma = _scales(level, x)
-        mean = _kernel_mean(self.x0, self.label, x, alpha, sigma**2, label)
+        mean = _kernel_mean(self, x, alpha, sigma**2, label)
         return mean.to(x.dtype).reshape(x.shape)
+
+    def draw(self, uniform: Float[Tensor, "b"]) -> tuple[Pictures, Int[Tensor, "b"] | None]:
+        """Pictures of the list and their classes; `uniform` in [0, 1) chooses them."""
+        return _drawn(self, uniform)
+
+    @cached_property
+    def centre(self) -> Float[Tensor, "d"]:
+        """The mean of the list as a vector, in float64."""
+        return _mean(self.x0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +414,7 @@ class Smoothed:
     """A list of pictures, each blurred by N(0, bandwidth^2 I): a kernel density estimate.
 
     Args:
-        x0: the list.
+        x0: the list, as in `FiniteSet`.
         bandwidth: deviation of the kernel in units of pixel values; 0 is `FiniteSet`.
         label: the class of each.
 
@@ -312,14 +437,41 @@ class Smoothed:
         alpha, sigma = _scales(level, x)
         width = self.bandwidth**2
         spread = alpha**2 * width + sigma**2
-        mean = _kernel_mean(self.x0, self.label, x, alpha, spread, label)
+        mean = _kernel_mean(self, x, alpha, spread, label)
         rows = mean + alpha * width / spread * (_rows(x) - alpha * mean)
         return rows.to(x.dtype).reshape(x.shape)
 
+    def draw(
+        self, noise: Pictures, uniform: Float[Tensor, "b"]
+    ) -> tuple[Pictures, Int[Tensor, "b"] | None]:
+        """Clean pictures and their classes; `uniform` in [0, 1) chooses from the list."""
+        x0, label = _drawn(self, uniform)
+        return x0.to(noise) + self.bandwidth * noise, label
+
+    @cached_property
+    def centre(self) -> Float[Tensor, "d"]:
+        """The mean of the list as a vector, in float64."""
+        return _mean(self.x0)
+
+
+def _drawn(
+    points: FiniteSet | Smoothed, uniform: Tensor
+) -> tuple[Pictures, Int[Tensor, "b"] | None]:
+    count = len(points.x0)  # a number next to 1 may round up to it
+    chosen = (uniform.double() * count).long().clamp(max=count - 1).to(points.x0.device)
+    return points.x0[chosen], None if points.label is None else points.label[chosen]
+
+
+def _mean(x0: Tensor) -> Float[Tensor, "d"]:
+    """The mean picture in float64, without a float64 copy of the list."""
+    total = torch.zeros(x0[0].numel(), dtype=torch.float64, device=x0.device)
+    for part in x0.split(max(1, CHUNK // x0[0].numel())):
+        total += _rows(part).sum(0)
+    return total / len(x0)
+
 
 def _kernel_mean(
-    x0: Tensor,
-    classes: Tensor | None,
+    points: FiniteSet | Smoothed,
     x: Tensor,
     alpha: Tensor,
     spread: Tensor,
@@ -330,13 +482,13 @@ def _kernel_mean(
     |x|^2 falls out of the softmax. The list is taken in chunks with a running maximum, so memory
     does not grow with it; centring keeps the digits of the products.
     """
-    centre = x0.mean((0,), dtype=torch.float64).flatten().to(x.device)
+    centre = points.centre.to(x.device)
     rows = _rows(x) - alpha * centre
     top = rows.new_full(
         (len(rows), 1), torch.finfo(torch.float64).min
     )  # finite: -inf - -inf is nan
     total, mean = torch.zeros_like(top), torch.zeros_like(rows)
-    for part, mask in _chunks(x0, classes, x, label):
+    for part, mask in _chunks(points.x0, points.label, x, label):
         part = part - centre
         logits = alpha * (rows @ part.mT - alpha * part.square().sum(1) / 2) / spread + mask
         higher = torch.maximum(top, logits.amax(1, keepdim=True))

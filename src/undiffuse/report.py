@@ -11,7 +11,7 @@ import math
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import cast
 
@@ -165,7 +165,7 @@ def _thinned(grids: Sequence[tuple[int, bytes]], room: int) -> list[tuple[int, b
 
 
 def _evaluation(report: Report, room: int) -> _Section | None:
-    tables = "".join(_table(path, rows) for path, rows in _tables(report.evaluation))
+    tables = "".join(_measured(path, rows) for path, rows in _tables(report.evaluation))
     rest = [(path, value) for path, value in _scalars(report.evaluation) if value is not None]
     rest += [pair for path, rows in _tables(report.evaluation) for pair in _notes(path, rows)]
     notes = _details("How it was measured", _pairs(dict(rest))) if rest else ""
@@ -180,10 +180,15 @@ def _evaluation(report: Report, room: int) -> _Section | None:
 def _levels(report: Report, room: int) -> _Section | None:
     lead = (
         "Error in estimating the clean picture, by how noisy it was. Left: almost clean, right:"
-        " nothing but noise. Lower is better."
+        " nothing but noise. Lower is better. Below: the same error over the bar to beat, and what"
+        " each octave of noise costs."
     )
     alt = "Held-out loss at each noise level, with the bars to compare with"
-    return _drawn("levels", "Loss by noise level", lead, report.levels_svg, alt, room)
+    numbers = _level_numbers(report.evaluation)
+    section = _drawn(
+        "levels", "Loss by noise level", lead, report.levels_svg, alt, room - len(numbers.encode())
+    )
+    return None if section is None else replace(section, body=section.body + numbers)
 
 
 def _loss(report: Report, room: int) -> _Section | None:
@@ -302,6 +307,68 @@ def _pairs(values: Values) -> str:
     return f'<div class="scroll"><table class="pairs"><tbody>{rows}</tbody></table></div>'
 
 
+# --- losses by noise level ------------------------------------------------------------------------
+
+
+def _level_numbers(evaluation: Values) -> str:
+    """The drawing's numbers as a table, and what the excess sums up to."""
+    rows = evaluation.get("levels")
+    rows = cast("Sequence[object]", rows) if isinstance(rows, list | tuple) else ()
+    levels = [row for row in map(_mapping, rows) if row is not None and "ratio" in row]
+    if not levels:
+        return ""
+    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title, _ in _LEVEL_COLUMNS)
+    lines = "".join(_level_line(level) for level in levels)
+    table = (
+        f'<div class="scroll"><table class="figures"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+    return _cost(_mapping(evaluation.get("loss")) or {}) + _details("The numbers", table)
+
+
+def _level_line(level: Values) -> str:
+    first, *rest = (escape(show(level)) for _, show in _LEVEL_COLUMNS)
+    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
+
+
+def _judged(level: Values) -> str:
+    """Without label where the network can do without."""
+    plain = level.get("held_out")
+    return _text(level.get("held_out_labelled") if plain is None else plain)
+
+
+def _signed(interval: object, unit: str = "") -> str:
+    """+2.1 (+1.9 to +2.3), or an en dash."""
+    ends = _mapping(interval) or {}
+    value, low, high = (ends.get(name) for name in ("value", "low", "high"))
+    if not isinstance(value, float | int):
+        return "–"
+    whole = isinstance(low, float | int) and isinstance(high, float | int)
+    spread = f" ({low:+.3g} to {high:+.3g})" if whole else ""
+    return f"{value:+.3g}{unit}{spread}"
+
+
+_LEVEL_COLUMNS: tuple[tuple[str, Callable[[Values], str]], ...] = (
+    ("Noise σ/α", lambda level: _text(level.get("ratio"))),
+    ("Held out", _judged),
+    ("Bar", lambda level: _text(level.get("bar"))),
+    ("which is", lambda level: _text(level.get("bar_name")).replace("_", " ")),
+    ("Excess", lambda level: _signed(level.get("excess"), " %")),
+    ("Training", lambda level: _text(level.get("train"))),
+    ("Optimum of the training set", lambda level: _text(level.get("train_optimum"))),
+)
+
+
+def _cost(loss: Values) -> str:
+    if _mapping(loss.get("nats_per_picture")) is None:
+        return ""
+    nats, bits = _signed(loss.get("nats_per_picture")), _signed(loss.get("bits_per_dimension"))
+    return (
+        f'<p class="verdict">Excess over the bar, summed over the noise levels: {escape(nats)} nats'
+        f" per picture, {escape(bits)} bits per dimension.</p>"
+    )
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 
@@ -342,6 +409,34 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
+def _measured(path: str, rows: Sequence[Values]) -> str:
+    """Warnings about most figures, the figures, and folded away their doubles in pixels."""
+    shared = _shared_warnings(rows)
+    rows = [_without_warnings(row, shared) for row in rows]
+    names = {_text(row["name"]) for row in rows}
+    doubles = {name for name in names if name.removesuffix("_pca") in names - {name}}
+    first = [row for row in rows if _text(row["name"]) not in doubles]
+    second = [row for row in rows if _text(row["name"]) in doubles]
+    said = "".join(f'<p class="why warned">{escape(warning)}.</p>' for warning in shared)
+    more = _details("The same in principal components of the pixels", _table("", second))
+    return said + _table(path, first) + (more if second else "")
+
+
+def _shared_warnings(rows: Sequence[Values]) -> list[str]:
+    """Those that stand at half of the figures or more, and at three."""
+    every = [warning for row in rows for warning in _warnings_of(row)]
+    return [one for one in dict.fromkeys(every) if every.count(one) >= max(3, len(rows) / 2)]
+
+
+def _without_warnings(row: Values, shared: Sequence[str]) -> Values:
+    kept = [warning for warning in _warnings_of(row) if warning not in shared]
+    return {**row, "warning": "; ".join(kept)}
+
+
+def _warnings_of(row: Values) -> list[str]:
+    return [one for one in _text(row.get("warning") or "").split("; ") if one]
+
+
 def _table(path: str, rows: Sequence[Values]) -> str:
     """A row per figure; the columns that no row fills are left out."""
     columns = [c for c in _COLUMNS if c[0] == "value" or any(r.get(c[0]) is not None for r in rows)]
@@ -358,24 +453,69 @@ def _table(path: str, rows: Sequence[Values]) -> str:
 
 _COLUMNS = (("value", "This run"), ("floor", "Limit"), ("worst", "Worst"))
 
-_MEASURES: Mapping[str, tuple[str, str]] = {  # `Figure.name` -> heading, what it says
-    "class_accuracy": (
-        "Right class",
-        "How often a classifier sees the class that was asked for.",
-    ),
+_IN_FEATURES: Mapping[str, tuple[str, str]] = {  # `Figure.name` -> heading, what it says
     "frechet": (
         "Fréchet distance",
         "How far samples as a whole are from real pictures, in a classifier's features.",
     ),
+    "frechet_infinity": (
+        "Fréchet distance, endless",
+        "What it would be with infinitely many pictures. Real ones have 0, but for chance.",
+    ),
+    "kernel": (
+        "Kernel distance",
+        "The same question asked another way. Real pictures have 0, but for chance.",
+    ),
     "precision": ("Precision", "Share of the samples that look like real pictures."),
     "recall": ("Recall", "Share of the real pictures that some sample resembles."),
+    "density": ("Density", "How closely samples lie among real pictures, which have 1."),
+    "coverage": ("Coverage", "Share of the real pictures that have a sample close by."),
+}
+_MEASURES: Mapping[str, tuple[str, str]] = {
+    **_IN_FEATURES,
+    **{
+        f"{name}_pca": (f"{title}, pixels", f"{why} In principal components of the pixels.")
+        for name, (title, why) in _IN_FEATURES.items()
+    },
     "frechet_pca": (
         "Fréchet distance, pixels",
-        "The same distance in principal components of the pixels.",
+        "How far samples as a whole are from real pictures, in principal components of the pixels.",
     ),
-    "precision_pca": ("Precision, pixels", "Precision in principal components of the pixels."),
-    "recall_pca": ("Recall, pixels", "Recall in principal components of the pixels."),
+    "frechet_raw": (
+        "Fréchet distance, all features",
+        "The same in all numbers that the features have, as published distances are.",
+    ),
+    "class_accuracy": (
+        "Right class",
+        "How often a classifier sees the class that was asked for.",
+    ),
+    "train_on_samples": (
+        "Teaches classes",
+        "How often a classifier is right about real pictures that has learned from samples alone.",
+    ),
+    "two_sample": (
+        "Told apart",
+        "How often a classifier tells samples from real pictures. Half of the time is a guess.",
+    ),
+    "sliced": (
+        "Sliced distance",
+        "How far the pixels of samples and real pictures are apart in random directions.",
+    ),
+    "spectrum": ("Spectrum", "Whether there is as much fine and coarse detail as in reality."),
+    "pixel_mean": (
+        "Mean picture",
+        "How far the mean of all samples is from that of real pictures, in standard errors.",
+    ),
+    "pixel_std": ("Spread of pixels", "The same for how much every pixel varies."),
     "copies": ("Near copies", "Share of the samples that almost repeat one training picture."),
+    "copies_moved": (
+        "Moved copies",
+        "The same where training pictures may be mirrored or shifted by a pixel.",
+    ),
+    "authentic": (
+        "Authentic",
+        "Share of the samples that are not crowded about one training picture.",
+    ),
 }
 
 

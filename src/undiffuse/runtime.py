@@ -33,7 +33,7 @@ from undiffuse.fast import Fast
 from undiffuse.spec import trace
 from undiffuse.unet import TimestepEmbedding, UNet, call
 
-Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Net = Callable[..., Tensor]  # (x, timestep, label[, augment]), as `Denoiser` calls it
 Run = Callable[..., Tensor]  # run(layer, *inputs), as `UNet.forward` takes it
 
 # So much faster must another path be before `auto` takes it in training: below, the same numbers
@@ -142,9 +142,11 @@ def callable_net(net: UNet, path: Path = Path.PLAIN, recompute: Collection[str] 
         keep_freed_memory()
     run = _recomputing(layers_on(path), [net.layers[name] for name in recompute])
 
-    def compute(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
+    def compute(
+        x: Tensor, timestep: Tensor, label: Tensor | None, augment: Tensor | None = None
+    ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return net(x, timestep, label, run).to(x.dtype)
+        return net(x, timestep, label, run, augment).to(x.dtype)
 
     return _compiled(net, compute) if path is Path.COMPILED else compute
 
@@ -162,12 +164,14 @@ def _compiled(net: UNet, training: Net) -> Net:
     mode = "reduce-overhead" if on_gpu else "default"
     generating = torch.compile(rounded.copy_of(net), dynamic=False, mode=mode)
 
-    def compute(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
+    def compute(
+        x: Tensor, timestep: Tensor, label: Tensor | None, augment: Tensor | None = None
+    ) -> Tensor:
         if torch.is_grad_enabled():
-            return training(x, timestep, label)
+            return training(x, timestep, label, augment)
         rounded.copy_of(net)  # the same copy, with the weights of now
         half = x.bfloat16().contiguous(memory_format=torch.channels_last)
-        return generating(half, timestep, label).to(x.dtype, copy=True)
+        return generating(half, timestep, label, call, augment).to(x.dtype, copy=True)
 
     return compute
 
@@ -208,8 +212,8 @@ class _Rounded:
 
     def __call__(self, layer: nn.Module, *inputs: Any) -> Tensor:
         if isinstance(layer, TimestepEmbedding):  # timestep 999 has no exact bfloat16
-            timestep, label, _ = inputs
-            inputs = timestep, label, torch.bfloat16
+            timestep, label, _, *augment = inputs
+            inputs = timestep, label, torch.bfloat16, *augment
         else:
             inputs = tuple(map(_rounded, inputs))
         if not torch.is_grad_enabled():
@@ -370,14 +374,16 @@ def step_seconds(
     run, x = callable_net(net, path, recompute), torch.zeros(shape, device=device)
     label = None if label is None else label.to(device)
     timestep = torch.zeros(shape[0], device=device)
+    told = net.spec.augment
+    augment = torch.zeros(shape[0], told, device=device) if told else None
     with torch.random.fork_rng(devices=[]):  # dropout draws
-        times = [_timed(run, net, x, timestep, label) for _ in range(repeats + 1)]
+        times = [_timed(run, net, x, timestep, label, augment) for _ in range(repeats + 1)]
     return min(times[1:])
 
 
-def _timed(run: Net, net: nn.Module, x: Tensor, timestep: Tensor, label: Tensor | None) -> float:
+def _timed(run: Net, net: nn.Module, x: Tensor, *told: Tensor | None) -> float:
     begin = time.perf_counter()
-    run(x, timestep, label).float().square().mean().backward()
+    run(x, *told).float().square().mean().backward()
     _wait_for(x.device)
     seconds = time.perf_counter() - begin
     net.zero_grad(set_to_none=True)

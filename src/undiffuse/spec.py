@@ -186,7 +186,9 @@ class Embedding:
 
     sinusoid of `width` values -> Linear(`hidden`) -> activation -> Linear(`out`), plus a row of
     the label table, then `final_activation`. The sinusoid is that of 1706.03762, section 3.5.
-    With `label_first` the label's row is added to the sinusoid instead.
+    With `label_first` the label's row is added to the sinusoid instead. With `augment`, a linear
+    map without bias of that many parameters of the picture's augmentation is added to the sinusoid
+    (2206.00364, appendix F.2): parameters of zero, or none, add nothing.
     """
 
     width: int = 128
@@ -200,6 +202,7 @@ class Embedding:
     classes: int = 0  # labels 0 ... classes - 1
     null: bool = False  # one more row, label `classes`, that means "no class"
     label_first: bool = False  # DDPM++ of 2206.00364 adds the label before the two layers
+    augment: int = 0  # parameters that tell how a training picture was transformed
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,7 @@ class UNetSpec:
         _check_style(self.style)
         for _ in trace(self):
             pass
+        _check_augment(self)
 
     @property
     def stride(self) -> int:
@@ -250,9 +254,19 @@ class UNetSpec:
         """Number of classes the network distinguishes; 0 if it takes no label."""
         return self.style.embedding.classes
 
+    @property
+    def augment(self) -> int:
+        """Number of augmentation parameters the network hears; 0 if none."""
+        return self.style.embedding.augment
+
     def with_classes(self, classes: int, null: bool) -> "UNetSpec":
         """The same network for `classes` labels, with a row for "no class" if `null`."""
         embedding = replace(self.style.embedding, classes=classes, null=null)
+        return replace(self, style=replace(self.style, embedding=embedding))
+
+    def with_augment(self, augment: int) -> "UNetSpec":
+        """The same network, told `augment` parameters of how a training picture was transformed."""
+        embedding = replace(self.style.embedding, augment=augment)
         return replace(self, style=replace(self.style, embedding=embedding))
 
 
@@ -531,13 +545,22 @@ def _check_embedding(embedding: Embedding) -> None:
         _check_choice("embedding.final_activation", embedding.final_activation, Activation)
     if embedding.width < 2:
         raise SpecError(f"embedding.width must be at least 2; got {embedding.width}")
-    if type(embedding.classes) is not int or embedding.classes < 0:
-        raise SpecError(
-            f"embedding.classes must be a whole number of at least 0; got {embedding.classes!r}"
-        )
+    for name in ("classes", "augment"):
+        value = getattr(embedding, name)
+        if type(value) is not int or value < 0:
+            raise SpecError(f"embedding.{name} must be a whole number of at least 0; got {value!r}")
     if embedding.null and not embedding.classes:
         raise SpecError("embedding.null needs classes; got classes=0: set null=False")
     if embedding.half_minus_one and embedding.width < 4:
         raise SpecError(
             f"embedding.half_minus_one needs width of at least 4; got {embedding.width}"
+        )
+
+
+def _check_augment(spec: UNetSpec) -> None:
+    """A network that is deaf to the parameters would generate augmented pictures."""
+    if spec.augment and not any(isinstance(op, Res) for op in spec.program):
+        raise SpecError(
+            f"embedding.augment is {spec.augment}, but no op hears it, so augmented pictures would"
+            " be generated: add a Res to the program, or set augment=0"
         )

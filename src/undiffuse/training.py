@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from undiffuse.averaging import beta
 from undiffuse.config import LrScheduler, TrainConfig
 from undiffuse.denoiser import Denoiser, LevelSampling, Weighting, unweighted
 from undiffuse.errors import CheckpointError, DivergedError
@@ -27,12 +27,13 @@ from undiffuse.noise import (
     Schedule,
     Stream,
     keyed,
+    keyed_even,
     keyed_normal,
     keyed_uniform,
 )
 
 Pictures = Float[Tensor, "b c h w"]
-Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Net = Callable[..., Tensor]  # as `Denoiser` calls it
 Source = Callable[[range], tuple[Tensor, Tensor | None]]  # global positions -> (x0, label)
 
 MAX_BAD_STEPS = 10  # updates in a row whose loss or gradient is not finite
@@ -46,21 +47,47 @@ class Batch:
     noise: Pictures
     level: NoiseLevel  # (b,1,1,1) each
     label: Int[Tensor, "b"] | None
+    augment: Float[Tensor, "b k"] | None = None  # how each picture was transformed
 
     def to(self, device: torch.device) -> "Batch":
         level = NoiseLevel(*(v.to(device) for v in self.level))
         label = None if self.label is None else self.label.to(device)
-        return Batch(self.x0.to(device), self.noise.to(device), level, label)
+        augment = None if self.augment is None else self.augment.to(device)
+        return Batch(self.x0.to(device), self.noise.to(device), level, label, augment)
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """Transforms pictures and tells how (`undiffuse.augmentation.Augment` is one)."""
+
+    @property
+    def draws(self) -> int:
+        """How many uniform numbers each picture takes."""
+        ...
+
+    def __call__(
+        self, x0: Pictures, draws: Float[Tensor, "b n"]
+    ) -> tuple[Pictures, Float[Tensor, "b k"]]:
+        """The pictures, and the parameters of what was done to each: zeros mean nothing."""
+        ...
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """The target is the picture that was noised."""
+    return batch
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How noise enters training: which levels, and how much each counts."""
+    """How noise enters training: which levels, how much each counts, what is done to the pictures
+    before, and what the estimate is compared with."""
 
     schedule: Schedule
     levels: LevelSampling
     weighting: Weighting = unweighted
     classes: int = 0  # > 0: labels may be dropped to the null label `classes`
+    augment: Augmentation | None = None  # of which the network is told
+    aim: Callable[[Batch], Batch] = as_it_is  # same x, other target
 
 
 @dataclass(frozen=True)
@@ -100,7 +127,11 @@ class FusedUpdate(Protocol):
 
 
 class TrainState:
-    """Weights, their average, the optimiser's moments, and where in the run we are."""
+    """Weights, their averages, the optimiser's moments, and where in the run we are.
+
+    `ema` is the average that becomes the model. `second`, by name, is one of another length that is
+    kept beside it; empty where none is wanted.
+    """
 
     def __init__(
         self,
@@ -117,6 +148,7 @@ class TrainState:
         self.averaged = replace(denoiser, net=run(self.ema))
         self.config, self.step, self.fused = config, 0, fused
         self.parameters = list(net.parameters())
+        self.second = {} if config.second_length is None else _copies(net)
         self.device = self.parameters[0].device
         self.optimizer = _optimizer(self.parameters, config)
         self.skipped = torch.zeros((), device=self.device)
@@ -130,6 +162,7 @@ class TrainState:
             norm, bad = self._update(loss, learning_rate)
         else:
             norm, bad = self._update_by(self.fused, loss, learning_rate)
+        self._average_second()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.skipped += bad
@@ -196,6 +229,15 @@ class TrainState:
         averages, newest = list(self.ema.parameters()), self.parameters
         torch._foreach_lerp_(averages, newest, weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportCallIssue, reportArgumentType] # as torch's own EMA does; no public name
 
+    @torch.no_grad()
+    def _average_second(self) -> None:
+        """At every step, not every few: the profile stays exact, for one pass over the memory."""
+        if self.config.second_length is None:
+            return
+        weight = 1 - beta(self.config.second_length, self.step + 1)
+        averages = [self.second[name] for name, _ in self.net.named_parameters()]
+        torch._foreach_lerp_(averages, self.parameters, weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportCallIssue, reportArgumentType] # as in `_average`
+
     def _check_progress(self, learning_rate: float) -> None:
         # Looked at every few steps only: reading a number makes a GPU wait.
         if self.step % MAX_BAD_STEPS == 0 and float(self.longest_row) >= MAX_BAD_STEPS:
@@ -206,11 +248,13 @@ class TrainState:
             )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, average and optimiser, flat by name: what a checkpoint stores."""
+        """Weights, averages and optimiser, flat by name: what a checkpoint stores."""
+        second = {"ema_second": dict(self.second)} if self.second else {}
         return {
             "model": dict(self.net.state_dict()),
             "ema": dict(self.ema.state_dict()),
             "optim": _flat_optimizer(self.net, self.optimizer),
+            **second,
         }
 
     def counters(self) -> dict[str, Any]:
@@ -231,6 +275,7 @@ class TrainState:
         """
         _load(self.net, tensors["model"], "model")
         _load(self.ema, tensors["ema"], "ema")
+        _fill(self.second, tensors.get("ema_second", {}), "ema_second")
         _restore_optimizer(self.net, self.optimizer, tensors["optim"])
         self.step = int(counters["step"])
         self.skipped.fill_(float(counters["skipped"]))
@@ -281,9 +326,20 @@ def make_batch(source: Source, recipe: Recipe, config: TrainConfig, positions: r
     """Pictures, noise, levels and label dropout of the given positions."""
     x0, label = source(positions)
     noise = keyed_normal(config.seed, Stream.NOISE, positions, tuple(x0.shape[1:]))
-    u = torch.from_numpy(keyed_uniform(config.seed, Stream.LEVEL, positions, 1)[:, 0])
+    u = torch.from_numpy(keyed_even(config.seed, Stream.LEVEL, positions))
     level = recipe.levels(recipe.schedule, u).like(x0)
-    return Batch(x0, noise, level, _drop_labels(label, recipe, config, positions))
+    label = _drop_labels(label, recipe, config, positions)
+    x0, augment = _transform(x0, recipe, config, positions)
+    return recipe.aim(Batch(x0, noise, level, label, augment))
+
+
+def _transform(
+    x0: Pictures, recipe: Recipe, config: TrainConfig, positions: range
+) -> tuple[Pictures, Float[Tensor, "b k"] | None]:
+    if recipe.augment is None:
+        return x0, None
+    draws = keyed_uniform(config.seed, Stream.TRANSFORM, positions, recipe.augment.draws)
+    return recipe.augment(x0, torch.from_numpy(draws))
 
 
 def _drop_labels(
@@ -305,7 +361,7 @@ def _accumulate(
     for index, part in enumerate(parts):
         batch = part.to(state.device)
         _seed_dropout(config.seed, state.step, index)
-        losses = state.denoiser.loss(batch.x0, batch.noise, batch.level, batch.label)
+        losses = state.denoiser.loss(batch.x0, batch.noise, batch.level, batch.label, batch.augment)
         weights = recipe.weighting(batch.level).flatten()
         loss = (losses * weights).sum() / config.train_batch_size
         loss.backward()
@@ -338,20 +394,8 @@ def _decay(scheduler: LrScheduler, done: float, floor: float = 0.01) -> float:
 
 
 def ema_beta(config: TrainConfig, step: int) -> float:
-    """beta of the power-function profile after `step` updates: (1 - 1/step)^(gamma + 1).
-
-    Karras et al. 2023, 2312.02696, eq. 127. The average forgets the start of the run by itself,
-    so it needs no warm-up.
-    """
-    return (1 - 1 / step) ** (ema_gamma(config.ema_length) + 1)
-
-
-def ema_gamma(length: float) -> float:
-    """gamma of a profile of relative length sigma_rel (2312.02696, eq. 126):
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved as a cubic."""
-    t = length**-2
-    roots = np.roots([1, 7, 16 - t, 12 - t])
-    return float(roots.real.max())
+    """beta of the average that becomes the model, after `step` updates."""
+    return beta(config.ema_length, step)
 
 
 def _not_finite(loss: Tensor, norm: Tensor) -> Tensor:
@@ -407,6 +451,18 @@ def _load(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 200)
         raise CheckpointError(f"{what} does not fit this network: {reason}") from error
+
+
+def _copies(net: nn.Module) -> dict[str, Tensor]:
+    """All that a network stores, laid out as its own: the start of an average."""
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def _fill(stored: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    for name, tensor in stored.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise CheckpointError(f"{what} does not fit this network: {name} is missing or other")
+        tensor.copy_(tensors[name])
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class UNet(nn.Module):
         timestep: Shaped[Tensor, "b"],
         label: Int[Tensor, "b"] | None = None,
         run: Callable[..., Tensor] = call,
+        augment: Float[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b d h w"]:
         """Run the program.
 
@@ -83,16 +84,18 @@ class UNet(nn.Module):
             timestep: what the network is told about the noise: any real number per picture.
             label: 0 ... classes - 1; classes means "no class" where the spec has a null row.
             run: run(layer, *inputs) -> output; a faster or more frugal way to the same numbers.
+            augment: in training, how each picture was transformed; zeros, or None, say "not at
+                all", as for every generated picture.
 
         Raises:
             ConfigError: shapes, dtypes or labels do not fit this network.
         """
-        check_inputs(self.spec, x, timestep, label)
+        check_inputs(self.spec, x, timestep, label, augment)
         height, width = x.shape[-2:]
         h = pad_to_multiple(x, self.stride)
         emb = None
         if self.embedding is not None:
-            emb = run(self.embedding, timestep, label, h.dtype)
+            emb = run(self.embedding, timestep, label, h.dtype, augment)
         skips: list[Tensor] = []
         for layer in self.layers.values():
             if isinstance(layer, PushSkip):
@@ -132,7 +135,8 @@ def build(site: Site, style: Style) -> nn.Module:
 
 
 class TimestepEmbedding(nn.Module):
-    """timestep (b) [and label (b)] -> vector (b, out) that every residual block hears."""
+    """timestep (b) [and label (b), and augmentation parameters (b, k)] -> vector (b, out) that
+    every residual block hears."""
 
     frequencies: Tensor
 
@@ -145,11 +149,18 @@ class TimestepEmbedding(nn.Module):
         rows = embedding.classes + int(embedding.null)
         width = embedding.width if embedding.label_first else embedding.out
         self.labels = nn.Embedding(rows, width) if rows else None
+        self.augment = augment_map(embedding)
 
     def forward(
-        self, timestep: Shaped[Tensor, "b"], label: Int[Tensor, "b"] | None, dtype: torch.dtype
+        self,
+        timestep: Shaped[Tensor, "b"],
+        label: Int[Tensor, "b"] | None,
+        dtype: torch.dtype,
+        augment: Float[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b e"]:
         emb = self.sinusoid(timestep).to(dtype)
+        if self.augment is not None and augment is not None:
+            emb = emb + F.linear(augment.to(dtype), self.augment)
         if self.options.label_first:
             emb = self._labelled(emb, timestep, label)
         emb = self.linear2(ACTIVATIONS[self.options.activation](self.linear1(emb)))
@@ -198,6 +209,14 @@ class TimestepEmbedding(nn.Module):
         if not exact.is_meta:
             self.frequencies = exact.to(self.frequencies.float())
         return self
+
+
+def augment_map(embedding: Embedding) -> nn.Parameter | None:
+    """The map of the augmentation parameters, or nothing. It starts at zero, and no number is
+    drawn for it: with and without it a network starts as the same function."""
+    if not embedding.augment:
+        return None
+    return nn.Parameter(torch.zeros(embedding.width, embedding.augment))
 
 
 def frequencies_of(embedding: Embedding) -> Float[Tensor, "half"]:
@@ -515,10 +534,19 @@ def zero_(layer: nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def check_inputs(spec: UNetSpec, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
+def check_inputs(
+    spec: UNetSpec,
+    x: Tensor,
+    timestep: Tensor,
+    label: Tensor | None,
+    augment: Tensor | None = None,
+) -> None:
     """Raises ConfigError naming the first argument that does not fit the network."""
-    for name, value in (("x", x), ("timestep", timestep), ("label", label)):
-        _check_tensor(name, value, optional=name == "label")
+    for name, value in (("x", x), ("timestep", timestep)):
+        _check_tensor(name, value)
+    for name, value in (("label", label), ("augment", augment)):
+        if value is not None:
+            _check_tensor(name, value)
     if x.ndim != 4 or x.shape[1] != spec.in_channels or not x.is_floating_point():
         raise ConfigError(
             f"x must be float [batch, {spec.in_channels}, height, width];"
@@ -532,10 +560,12 @@ def check_inputs(spec: UNetSpec, x: Tensor, timestep: Tensor, label: Tensor | No
             f" got {list(timestep.shape)} {timestep.dtype}"
         )
     _check_label(spec, x, label)
+    if augment is not None:
+        _check_augment(spec, x, augment)
 
 
-def _check_tensor(name: str, value: object, optional: bool) -> None:
-    if not isinstance(value, Tensor) and not (optional and value is None):
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
         raise ConfigError(
             f"{name} must be a torch.Tensor; got {type(value).__name__}: use torch.as_tensor"
         )
@@ -564,6 +594,19 @@ def _check_label(spec: UNetSpec, x: Tensor, label: Tensor | None) -> None:
         raise ConfigError(
             f"label must be whole numbers of shape [{x.shape[0]}]; got {list(label.shape)}"
             f" {label.dtype}"
+        )
+
+
+def _check_augment(spec: UNetSpec, x: Tensor, augment: Tensor) -> None:
+    if not spec.augment:
+        raise ConfigError(
+            "augment must be None: this network hears no augmentation parameters;"
+            f" got {list(augment.shape)}"
+        )
+    if augment.shape != (x.shape[0], spec.augment) or not augment.is_floating_point():
+        raise ConfigError(
+            f"augment must be float of shape [{x.shape[0]}, {spec.augment}];"
+            f" got {list(augment.shape)} {augment.dtype}"
         )
 
 

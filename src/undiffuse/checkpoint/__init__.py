@@ -4,6 +4,7 @@ Tensors are kept as safetensors, everything else as JSON. Reading runs no code f
 damage to a file of ours is detected and named.
 """
 
+from undiffuse.checkpoint._averages import Average, Averages
 from undiffuse.checkpoint._codec import (
     JSON,
     decode_prediction,
@@ -21,6 +22,8 @@ from undiffuse.checkpoint._steps import Checkpoints
 __all__ = [
     "JSON",
     "REAL_DISK",
+    "Average",
+    "Averages",
     "Checkpoints",
     "Chunk",
     "Disk",

@@ -27,8 +27,10 @@ from undiffuse.checkpoint._tensors import Head, container, read_head, read_tenso
 from undiffuse.errors import CheckpointError
 
 GROUPS = ("model", "ema", "optim")
+SECOND = "ema_second"  # in runs that keep two averages; bare tensors, to go on with
 STATE, MANIFEST = "state.json", "MANIFEST.json"
 FILES = (*(f"{group}.safetensors" for group in GROUPS), STATE)
+SECOND_FILE = f"{SECOND}.safetensors"
 MAX_JSON = 16 * 1024 * 1024
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -39,7 +41,8 @@ class Snapshot:
     """Everything that a run consists of at one step.
 
     Args:
-        tensors: by name, in the groups "model", "ema" and "optim".
+        tensors: by name, in the groups "model", "ema", "optim" and, where there is one,
+            "ema_second".
         model: says what the weights mean; its own weights are not saved.
         state: counters and settings; any JSON.
     """
@@ -81,7 +84,7 @@ class Manifest:
 
 def payloads(snapshot: Snapshot) -> dict[str, Payload]:
     """All files of a checkpoint, the manifest last."""
-    if snapshot.step < 0 or set(snapshot.tensors) != set(GROUPS):
+    if snapshot.step < 0 or set(snapshot.tensors) - {SECOND} != set(GROUPS):
         raise CheckpointError(
             f"a snapshot needs a step of at least 0 and the groups {', '.join(GROUPS)};"
             f" got step {snapshot.step} and {', '.join(snapshot.tensors)}"
@@ -97,6 +100,9 @@ def payloads(snapshot: Snapshot) -> dict[str, Payload]:
             "state",
         ),
     }
+    if SECOND in groups:
+        check_finite(groups[SECOND])
+        files[SECOND_FILE] = container(groups[SECOND], {"format": f"undiffuse {FORMAT}"})
     return {**files, MANIFEST: _manifest(snapshot, files)}
 
 
@@ -138,9 +144,9 @@ def _read_manifest(directory: Path, step: int) -> Manifest:
     run_id, files = table.get("run_id"), table.get("files")
     if len(table) != len(wanted) + 2 or not isinstance(run_id, str) or not isinstance(files, dict):
         raise CheckpointError(f"{path} is damaged: its fields are not those of a manifest")
-    if files.keys() != set(FILES):
+    if files.keys() - {SECOND_FILE} != set(FILES):
         raise CheckpointError(f"{path} is damaged: it does not list {', '.join(FILES)}")
-    entries = {name: _file_entry(files[name], f"{path}: {name}") for name in FILES}
+    entries = {name: _file_entry(entry, f"{path}: {name}") for name, entry in files.items()}
     return Manifest(step, run_id, entries)
 
 
@@ -230,7 +236,8 @@ def _read_state(directory: Path, manifest: Manifest) -> Mapping[str, JSON]:
 def read(directory: Path, step: int) -> Loaded:
     manifest = _read_manifest(directory, step)
     state = _read_state(directory, manifest)
-    groups = {group: _read_group(directory, manifest, group) for group in GROUPS}
+    second = (SECOND,) if SECOND_FILE in manifest.files else ()
+    groups = {group: _read_group(directory, manifest, group) for group in (*GROUPS, *second)}
     headers = {
         group: checked_header(groups[group][0], directory / f"{group}.safetensors")
         for group in ("model", "ema")

@@ -222,6 +222,20 @@ def load_model(path: str | Path) -> Model:
         return assemble(header, read_own(file, head, path), path)
 
 
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a model file without its network, by name: float32, on the CPU.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    with open_named(path) as file:
+        head = read_head(file, path)
+        checked_header(head, path)
+        tensors = _single(read_own(file, head, path))
+    check_finite(tensors)
+    return tensors
+
+
 def checked_header(head: Head, path: Path) -> Header:
     """The header of a model file whose list of weights fits its spec."""
     header = _header(_own_metadata(head, path), str(path))

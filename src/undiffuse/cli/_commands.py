@@ -51,9 +51,20 @@ def denoise(arguments: Arguments, out: Output) -> int:
 
 def evaluate(arguments: Arguments, out: Output) -> int:
     with _no_collection():
-        from undiffuse.cli import _evaluate
+        from undiffuse.cli import _against, _evaluate, _pareto
 
+    if "against" in arguments.given:
+        return _against.against(arguments, out)
+    if "pareto" in arguments.given:
+        return _pareto.pareto(arguments, out)
     return _evaluate.evaluate(arguments, out)
+
+
+def likelihood(arguments: Arguments, out: Output) -> int:
+    with _no_collection():
+        from undiffuse.cli import _likelihood
+
+    return _likelihood.likelihood(arguments, out)
 
 
 def describe(arguments: Arguments, out: Output) -> int:
@@ -75,6 +86,13 @@ def export(arguments: Arguments, out: Output) -> int:
         from undiffuse.cli import _exchange
 
     return _exchange.export(arguments, out)
+
+
+def average(arguments: Arguments, out: Output) -> int:
+    with _no_collection():
+        from undiffuse.cli import _average
+
+    return _average.average(arguments, out)
 
 
 def report(arguments: Arguments, out: Output) -> int:

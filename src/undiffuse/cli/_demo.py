@@ -12,9 +12,8 @@ from undiffuse.cli._train import run_training, say_files, say_next
 from undiffuse.config import RunConfig, TrainConfig, flatten, override
 from undiffuse.errors import ConfigError
 
-# benchmarks/demo_recipe.py chose the digits' recipe, on a validation part of the training digits.
 DEMO: dict[str, dict[str, object]] = {
-    "digits": {"max_train_steps": 900, "learning_rate": 2e-3, "p_mean": -0.6},
+    "digits": {"preset": "digits-demo"},
     "photos": {"max_train_steps": 300, "train_batch_size": 32, "random_flip": True},
 }
 MEASURED = runs.EvaluateOptions()

@@ -12,7 +12,14 @@ from typing import Any
 from undiffuse import cost, recipes
 from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._output import Output, table
-from undiffuse.config import BetaSchedule, DataConfig, PredictionType, SamplerName, changed
+from undiffuse.config import (
+    RECIPES,
+    BetaSchedule,
+    DataConfig,
+    PredictionType,
+    SamplerName,
+    changed,
+)
 from undiffuse.errors import ConfigError
 from undiffuse.spec import Op, Site, UNetSpec, trace
 
@@ -69,6 +76,10 @@ def _names(out: Output) -> int:
     rows = [(p["name"], f"{p['parameters']:,}", p["for"]) for p in presets]
     for line in table([("preset", "parameters", "for"), *rows], right=(1,)):
         out.say(line)
+    named = [(name, one.summary) for name, one in RECIPES.items()]
+    out.say()
+    for line in table([("recipe", "what it is"), *named], right=()):
+        out.say(line)
     lists = {
         "samplers": [one.value for one in SamplerName],
         "schedules": [one.value for one in BetaSchedule],
@@ -79,7 +90,7 @@ def _names(out: Output) -> int:
     for name, values in lists.items():
         out.say(f"{name}: {', '.join(values)}")
     out.say("\nmore about one: undiffuse describe light")
-    out.result("describe", presets=presets, known=lists)
+    out.result("describe", presets=presets, recipes=dict(named), known=lists)
     return 0
 
 

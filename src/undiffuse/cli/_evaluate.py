@@ -20,7 +20,9 @@ def evaluate(arguments: Arguments, out: Output) -> int:
     given = arguments.given
     limits = _limits(given)
     run = Path(given["run"])
-    body = measure(run, _evaluate_options(arguments), out)
+    chosen = evaluate_options(arguments)
+    body = measure(run, chosen, out)
+    options.warn_unguided(given, chosen.sampling.guidance_scale, out)
     print_figures(body, out)
     if run.is_dir():
         out.say(f"\nwritten to {runs.RunFolder(run).evaluation}")
@@ -35,7 +37,7 @@ def measure(run: Path, chosen: runs.EvaluateOptions, out: Output) -> Body:
 
     What is strange about the pictures is said at the end, in a line each.
     """
-    model = runs.load(run, chosen.weights, chosen.checkpoint)
+    model = runs.load(run, chosen.weights, chosen.checkpoint, ema_length=chosen.ema_length)
     count = runs.sample_count(model, chosen.num_samples)
     options.check_memory(model, count, "num_samples:")
     with Bars(out) as bars:
@@ -45,7 +47,8 @@ def measure(run: Path, chosen: runs.EvaluateOptions, out: Output) -> Body:
     return body
 
 
-def _evaluate_options(arguments: Arguments) -> runs.EvaluateOptions:
+def evaluate_options(arguments: Arguments) -> runs.EvaluateOptions:
+    """What was typed over the defaults."""
     given, defaults = arguments.given, runs.EvaluateOptions()
     return replace(
         defaults,
@@ -58,7 +61,18 @@ def _evaluate_options(arguments: Arguments) -> runs.EvaluateOptions:
         weights=options.weights(given),
         checkpoint=options.checkpoint(given),
         device=options.device(given),
+        ema_length=options.ema_length(given),
+        autoguidance=options.autoguidance(given),
+        features=given.get("features"),
+        features_output=given.get("features_output"),
     )
+
+
+def refuse(given: Mapping[str, Any], flag: str, senseless: Mapping[str, str]) -> None:
+    """Refuse options that `--flag` has no use for; `senseless` says of each why."""
+    for name, why in senseless.items():
+        if name in given:
+            raise ConfigError(f"{name} does not go with --{flag}: {why}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -147,16 +161,37 @@ def level_lines(body: Body) -> list[str]:
     levels = body["levels"]
     if not levels:
         return []
-    heading = ("sigma/alpha", "held out", "best bar", "is", "train", "train optimum")
-    lines = table([heading, *(_level_row(level) for level in levels)], right=(0, 1, 2, 4, 5))
-    return [*lines, f"{body['verdict']}: {body['reason']}"] if body["verdict"] else lines
+    heading = ("sigma/alpha", "held out", "best bar", "is", "excess %", "train", "train optimum")
+    lines = table([heading, *(_level_row(level) for level in levels)], right=(0, 1, 2, 4, 5, 6))
+    verdict = [f"{body['verdict']}: {body['reason']}"] if body["verdict"] else []
+    return [*lines, *verdict, *_cost_lines(body.get("loss", {}))]
 
 
 def _level_row(level: Body) -> tuple[str, ...]:
     """The lowest bar is the one to beat; its name stands beside it."""
     best = next((name for name, value in level["bars"].items() if value == level["bar"]), "")
-    left, right = ("ratio", "held_out", "bar"), ("train", "train_optimum")
-    return *(_shown(level[n]) for n in left), best, *(_shown(level[n]) for n in right)
+    judged = level["held_out"]
+    if judged is None:  # a denoiser that must be told the class
+        judged = level.get("held_out_labelled")
+    left, right = (level["ratio"], judged, level["bar"]), (level["train"], level["train_optimum"])
+    return *map(_shown, left), best, signed(level.get("excess")), *map(_shown, right)
+
+
+def signed(interval: Body | None, digits: int = 3) -> str:
+    """+27.4 [+23.8, +31.2]: a difference with its 95 % interval."""
+    if interval is None or interval["value"] is None:
+        return "-"
+    value, low, high = (interval[name] for name in ("value", "low", "high"))
+    ends = "" if low is None or high is None else f" [{low:+.{digits}g}, {high:+.{digits}g}]"
+    return f"{value:+.{digits}g}{ends}"
+
+
+def _cost_lines(loss: Body) -> list[str]:
+    """What the excess of all levels sums up to, where it was measured."""
+    if loss.get("nats_per_picture") is None:
+        return []
+    nats, bits = signed(loss["nats_per_picture"]), signed(loss["bits_per_dimension"])
+    return [f"excess summed over the levels: {nats} nats per picture, {bits} bits per dimension"]
 
 
 def _shown(value: float | None) -> str:

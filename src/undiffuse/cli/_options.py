@@ -7,6 +7,7 @@ from typing import Any
 
 from undiffuse import runs, runtime
 from undiffuse.checkpoint import Model
+from undiffuse.cli._output import Output
 from undiffuse.config import Device, Weights
 from undiffuse.errors import ConfigError, ResourceError
 
@@ -14,8 +15,15 @@ Given = dict[str, Any]
 
 
 def load_model(given: Given) -> Model:
-    """The model that RUN, --weights and --checkpoint name, on --device."""
-    return runs.load(given["run"], weights(given), checkpoint(given), device(given))
+    """The model that RUN, --weights, --checkpoint and --ema-length name, on --device."""
+    on, length = device(given), ema_length(given)
+    return runs.load(given["run"], weights(given), checkpoint(given), on, length)
+
+
+def load_guide(given: Given) -> Model | None:
+    """The weaker model that --autoguidance names."""
+    which = autoguidance(given)
+    return None if which is None else runs.guide(given["run"], which, device(given))
 
 
 def weights(given: Given) -> Weights:
@@ -35,6 +43,23 @@ def checkpoint(given: Given) -> int | None:
     if not text.isdecimal():
         raise ConfigError(f"checkpoint must be a step, such as 500; got {text!r}")
     return int(text)
+
+
+def ema_length(given: Given) -> float | None:
+    return number("ema_length", given["ema_length"]) if "ema_length" in given else None
+
+
+def autoguidance(given: Given) -> str | int | None:
+    """A step is a number; "early" or a path stays text."""
+    which = given.get("autoguidance")
+    return int(which) if which is not None and which.isdecimal() else which
+
+
+def warn_unguided(given: Given, scale: float, out: Output) -> None:
+    """What was typed about guidance has no effect at scale 1."""
+    typed = [n for n in ("autoguidance", "guidance_low", "guidance_high") if n in given]
+    if typed and scale == 1.0:
+        out.warn(f"{' and '.join(typed)}: no effect at guidance_scale 1; try --guidance-scale 1.5")
 
 
 def whole(name: str, value: object, at_least: int) -> int:

@@ -283,6 +283,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder or a model file")
     parser.add_argument("--weights", metavar="ema|raw", help="(default: ema)")
     parser.add_argument("--checkpoint", metavar="STEP", help="of this step, not the finished model")
+    parser.add_argument(
+        "--ema-length", metavar="X", help="rebuild the average of this length (2312.02696)"
+    )
     parser.add_argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute")
 
 
@@ -290,12 +293,20 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("-n", dest="num_images", metavar="N", help="the same as --num-images")
     _add_section(parser, config.SampleConfig)
-    parser.add_argument("--autoguidance", metavar="RUN", help="guide with this weaker model")
+    _add_autoguidance(parser)
     parser.add_argument(
         "--format", metavar="grid|png|npz", help="one grid, single files, an array (default: grid)"
     )
     parser.add_argument("--film", metavar="webp|gif", help="also an animation of the denoising")
     parser.add_argument("--output-dir", metavar="DIR", help="(default: RUN/samples)")
+
+
+def _add_autoguidance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--autoguidance",
+        metavar="early|STEP|RUN",
+        help="guide with a weaker model: an early average of this run, or another one (2406.02507)",
+    )
 
 
 def _add_denoise(parser: argparse.ArgumentParser) -> None:
@@ -327,14 +338,62 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draws", metavar="N", help="noise draws per held-out picture (default: by size, up to 4)"
     )
+    parser.add_argument(
+        "--features",
+        metavar="FILE.onnx",
+        help="measure distances in this network's output (default: a classifier fitted here)",
+    )
+    parser.add_argument(
+        "--features-output", metavar="NAME", help="which output of it (default: the first)"
+    )
     without = ("num_images", "eta", "class_label")
     _add_section(parser, config.SampleConfig, *without)
+    _add_autoguidance(parser)
+    parser.add_argument(
+        "--pareto",
+        action="store_true",
+        default=None,
+        help="instead: quality against network evaluations for every sampler, in RUN/pareto.json",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="B",
+        help="instead: which differences from B are real; a run, a model file or pictures, as RUN",
+    )
     parser.add_argument(
         "--fail-above", metavar="NAME=X", help="exit with 6 if that figure is above X"
     )
     parser.add_argument(
         "--fail-below", metavar="NAME=X", help="exit with 6 if that figure is below X"
     )
+
+
+def _add_likelihood(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--data", metavar="DATA", help="(default: the run's own)")
+    parser.add_argument("--split", metavar="train|held-out|both", help="(default: both)")
+    parser.add_argument(
+        "--num-images",
+        metavar="N",
+        help="pictures of each split (default: 50 of 8x8, fewer of larger ones, at least 8)",
+    )
+    parser.add_argument(
+        "--num-probes",
+        metavar="N|exact",
+        help="random vectors for the trace (default: exact up to 256 values per picture, else 8)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        help="estimated error of the integral in bits per dimension (default: 0.01)",
+    )
+    parser.add_argument(
+        "--given-class",
+        action="store_true",
+        default=None,
+        help="of pictures given their class (default: of pictures alone, where the model can)",
+    )
+    parser.add_argument("--seed", metavar="N", help="of dequantising and probes (default: 0)")
 
 
 def _add_describe(parser: argparse.ArgumentParser) -> None:
@@ -378,6 +437,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_section(parser, config.ExportConfig)
 
 
+def _add_average(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--ema-length", metavar="X", help="as a share of the steps, such as 0.08")
+    parser.add_argument("--checkpoint", metavar="STEP", help="as if the run had ended there")
+    parser.add_argument("-o", "--output", metavar="FILE", help="(default: RUN/ema-X.safetensors)")
+    parser.add_argument("--force", action="store_true", default=None, help="replace the file there")
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--output", metavar="FILE", help="(default: RUN/report.html)")
@@ -414,6 +481,12 @@ _COMMANDS = {
         "measure a model against exact limits and real pictures",
         _add_evaluate,
     ),
+    "likelihood": _Command(
+        commands.likelihood,
+        "RUN ",
+        "measure in bits per dimension how probable pictures are",
+        _add_likelihood,
+    ),
     "describe": _Command(
         commands.describe,
         "[TARGET] ",
@@ -431,6 +504,12 @@ _COMMANDS = {
         "RUN ",
         "write a model for diffusers, ONNX Runtime or torch.export",
         _add_export,
+    ),
+    "average": _Command(
+        commands.average,
+        "RUN ",
+        "write an average of a run's weights of any length as a model file",
+        _add_average,
     ),
     "report": _Command(commands.report, "RUN ", "write a run's report.html", _add_report),
     "env": _Command(

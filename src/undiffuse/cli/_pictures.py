@@ -15,13 +15,13 @@ from undiffuse import images, runs
 from undiffuse.checkpoint import Model
 from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._options import (
-    Given,
     check_memory,
-    device,
+    load_guide,
     load_model,
     number,
     one_of,
     output_folder,
+    warn_unguided,
 )
 from undiffuse.cli._output import Bar, Output
 from undiffuse.config import SampleConfig, SamplerName, changed
@@ -45,7 +45,8 @@ def sample(arguments: Arguments, out: Output) -> int:
     check_memory(model, config.num_images, "num_images:")
     label = runs.parse_labels(model, config.class_label, config.num_images)
     frames: list[Tensor] = []
-    make = partial(runs.generate, model, label=label, sampler=sampler, weak=_weak(given))
+    weak = load_guide(given)
+    make = partial(runs.generate, model, label=label, sampler=sampler, weak=weak)
     with Bar(out, _sampler_steps(config), "sample") as bar:
         pictures = _generate(make, config, _watch(bar, frames, config, film is not None))
     if label is None:
@@ -54,6 +55,7 @@ def sample(arguments: Arguments, out: Output) -> int:
     if film is not None:
         written.append(folder / f"film_seed{config.seed}.{film}")
         images.save_film([*frames, pictures[: len(frames[0])]], written[-1])
+    warn_unguided(given, config.guidance_scale, out)
     _say_written(written, folder, config, out)
     return 0
 
@@ -66,6 +68,7 @@ def _generate(
         seed=config.seed,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
         batch_size=config.batch_size,
         mixed_precision=config.mixed_precision,
         torch_compile=config.torch_compile,
@@ -84,12 +87,6 @@ def _watch(
             frames.append(step.x0.cpu())
 
     return on_step
-
-
-def _weak(given: Given) -> Model | None:
-    if "autoguidance" not in given:
-        return None
-    return runs.load(given["autoguidance"], device=device(given))
 
 
 def _sampler(config: SampleConfig) -> Sampler:

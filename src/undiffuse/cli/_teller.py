@@ -90,6 +90,7 @@ def _introduction(plan: runs.Plan) -> Iterator[str]:
     path = plan.runtime.path
     yield f"computing on {plan.runtime.device} in {precision} ({path} path): {plan.runtime.reason}"
     yield from _padding_line(plan)
+    yield from _averages_line(plan)
     yield _time_line(plan)
 
 
@@ -109,6 +110,17 @@ def _time_line(plan: runs.Plan) -> str:
     start = f" from step {plan.first_step:,} on" if plan.first_step else ""
     pictures = count_of(train.train_batch_size, "picture")
     return f"about {duration(plan.seconds)} for {count_of(left, 'step')} of {pictures}{start}"
+
+
+def _averages_line(plan: runs.Plan) -> Iterator[str]:
+    train, times = plan.config.train, plan.config.log.ema_snapshots
+    if times:
+        second = "" if train.second_length is None else f" and {train.second_length:g}"
+        yield (
+            f"averages of length {train.ema_length:g}{second} of the run, kept"
+            f" {count_of(times, 'time')}: {plan.snapshot_bytes / 1e6:,.0f} MB in"
+            f" {plan.folder.averages}"
+        )
 
 
 def _padding_line(plan: runs.Plan) -> Iterator[str]:

@@ -8,15 +8,20 @@ there is `save_svg`.
 """
 
 from undiffuse.drawing._animation import animate_unet
-from undiffuse.drawing._curves import Row, draw_levels, draw_losses, draw_schedule
+from undiffuse.drawing._axes import Row
+from undiffuse.drawing._curves import draw_losses, draw_schedule
 from undiffuse.drawing._figure import save, save_svg, to_png, to_svg
+from undiffuse.drawing._levels import draw_gap, draw_levels
+from undiffuse.drawing._pareto import draw_pareto
 from undiffuse.drawing._unet import draw_unet
 
 __all__ = [
     "Row",
     "animate_unet",
+    "draw_gap",
     "draw_levels",
     "draw_losses",
+    "draw_pareto",
     "draw_schedule",
     "draw_unet",
     "save",

@@ -2,53 +2,116 @@
 
 `loss_by_level` measures a denoiser against exact ones on pictures it has not seen;
 `sample_quality` measures generated pictures beside real ones; `summary` joins both into one
-dictionary that can be written as JSON. Nothing here prints or opens files.
+dictionary that can be written as JSON. Nothing here prints, and no file
+is opened but the network that `onnx_features` is given.
 
-Everything that judges is fitted on the spot to the training split, with one seed. No number is
-comparable with published ones, which come from other features and other sets.
+Everything else that judges is fitted on the spot to the training split, with one seed. No number
+of that is comparable with published ones, which come from other features and other sets.
 """
 
 import math
 from typing import Any, cast
 
+from undiffuse.evaluation._compare_losses import (
+    Contender,
+    LevelDifference,
+    LossDifference,
+    compare_losses,
+)
+from undiffuse.evaluation._compare_samples import FigureDifference, compare_samples
+from undiffuse.evaluation._copies import Pair
 from undiffuse.evaluation._features import Features
+from undiffuse.evaluation._features_onnx import onnx_features
+from undiffuse.evaluation._frontier import (
+    FrechetJudge,
+    SamplerSetting,
+    best_per_budget,
+    fewest_evaluations,
+    frechet_judge,
+    frontier,
+    paired_distance,
+)
+from undiffuse.evaluation._gap import GapReport, GapRow, excess_by_level, excess_over
 from undiffuse.evaluation._losses import (
     RATIOS,
-    Interval,
     LevelDenoiser,
     LevelReport,
     LevelResult,
     loss_by_level,
 )
 from undiffuse.evaluation._measures import (
+    DensityCoverage,
+    MomentErrors,
     PrecisionRecall,
+    authentic_share,
+    density_coverage,
+    expected_coverage,
     frechet_distance,
     frechet_floor,
+    frechet_infinity,
+    kernel_distance,
+    moment_errors,
     precision_recall,
+    sliced_distance,
+    spectrum_error,
+    two_sample_accuracy,
 )
-from undiffuse.evaluation._quality import FIGURES, Figure, Pair, SampleReport, sample_quality
+from undiffuse.evaluation._pixels import radial_power
+from undiffuse.evaluation._quality import FIGURES, SampleReport, sample_quality
+from undiffuse.evaluation._quality_figure import Figure
 from undiffuse.evaluation._split import Split
+from undiffuse.evaluation._spread import Interval
 
 __all__ = [
     "FIGURES",
     "RATIOS",
     "SCHEMA",
+    "Contender",
+    "DensityCoverage",
     "Features",
     "Figure",
+    "FigureDifference",
+    "FrechetJudge",
+    "GapReport",
+    "GapRow",
     "Interval",
     "LevelDenoiser",
+    "LevelDifference",
     "LevelReport",
     "LevelResult",
+    "LossDifference",
+    "MomentErrors",
     "Pair",
     "PrecisionRecall",
     "SampleReport",
+    "SamplerSetting",
     "Split",
+    "authentic_share",
+    "best_per_budget",
+    "compare_losses",
+    "compare_samples",
+    "density_coverage",
+    "excess_by_level",
+    "excess_over",
+    "expected_coverage",
+    "fewest_evaluations",
     "frechet_distance",
     "frechet_floor",
+    "frechet_infinity",
+    "frechet_judge",
+    "frontier",
+    "kernel_distance",
     "loss_by_level",
+    "moment_errors",
+    "onnx_features",
+    "paired_distance",
     "precision_recall",
+    "radial_power",
     "sample_quality",
+    "sliced_distance",
+    "spectrum_error",
     "summary",
+    "two_sample_accuracy",
 ]
 
 SCHEMA = "undiffuse.evaluation/1"

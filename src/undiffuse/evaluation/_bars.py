@@ -43,13 +43,17 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Bars:
-    """Families of estimates, one of each to be chosen per level; `memory` is the train optimum."""
+    """Families of estimates, one of each to be chosen per level; `memory` is the train optimum.
+
+    `oracle` is the exact estimate of the distribution that the pictures come from, if it is known.
+    """
 
     families: Mapping[str, tuple[Candidate, ...]]
     given_class: Estimate | None
     memory: Estimate
     pictures: Split
     notes: tuple[str, ...]
+    oracle: Estimate | None = None
 
 
 def fit_bars(train: Split, seed: int) -> Bars:

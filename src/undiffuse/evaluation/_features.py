@@ -24,6 +24,7 @@ AXES_PICTURES = 2000
 CLASSIFIER_PICTURES = 5000
 CLASSIFIER_STEPS = 200
 CLASSIFIER_BATCH = 128
+PIXELS = f"pixels (averaged down to {MAX_SIDE} px where larger)"
 
 
 @dataclass(frozen=True)
@@ -56,42 +57,52 @@ def flat(x0: Tensor) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class PrincipalAxes:
-    """The leading principal axes of `embed`, with variances in falling order.
+    """The leading principal axes of some points, with variances in falling order.
 
-    There are at most half as many as pictures, and none without variance.
+    There are at most half as many as points, and none without variance.
     """
 
-    embed: Callable[[Tensor], Points]
-    of: str
     mean: Points
     variances: Points
     axes: Points
 
-    def plain(self) -> Features:
-        """At most 128 components in their own units, so that distances are those of `embed`."""
-        axes = self.axes[:, :MAX_COMPONENTS]
-        name = f"{axes.shape[1]} principal components of {self.of}"
-        return Features(name, lambda x0: (self.embed(x0) - self.mean) @ axes)
+    @property
+    def whitened_count(self) -> int:
+        """How many components `whitened` gives: at most 32."""
+        return min(MAX_DIMS, len(self.variances))
 
-    def whitened(self) -> Features:
-        """At most 32 components, each with variance 1 on the pictures they were fitted to."""
-        axes = self.axes[:, :MAX_DIMS] / np.sqrt(self.variances[:MAX_DIMS])
-        name = f"{axes.shape[1]} whitened principal components of {self.of}"
-        return Features(name, lambda x0: (self.embed(x0) - self.mean) @ axes)
+    def plain(self, points: Points) -> Points:
+        """At most 128 components in their own units, so that distances are those of the points."""
+        return (points - self.mean) @ self.axes
+
+    def whitened(self, points: Points) -> Points:
+        """At most 32 components, each with variance 1."""
+        count = self.whitened_count
+        return (points - self.mean) @ (self.axes[:, :count] / np.sqrt(self.variances[:count]))
+
+    def features(self, embed: Callable[[Tensor], Points], of: str) -> Features:
+        """The whitened components of what `embed` makes of pictures; `of` names that."""
+        name = f"{self.whitened_count} whitened principal components of {of}"
+        return Features(name, lambda x0: self.whitened(embed(x0)))
 
 
-def principal_axes(embed: Callable[[Tensor], Points], of: str, x0: Tensor) -> PrincipalAxes:
-    """Fit them to pictures (n, c, h, w), n >= 1; `of` names what `embed` makes of pictures."""
-    points = embed(x0)
+def principal_axes(points: Points) -> PrincipalAxes:
+    """Fit them to points (n, d), n >= 1."""
     mean = points.mean(0)
     count = min(MAX_COMPONENTS, (len(points) - 1) // 2 or 1)
-    return PrincipalAxes(embed, of, mean, *_leading_axes(points - mean, count))
+    return PrincipalAxes(mean, *_leading_axes(points - mean, count))
 
 
-def pixel_axes(train: Split, seed: int) -> PrincipalAxes:
-    """Principal axes of pixels, from at most 2,000 pictures."""
-    chosen = at_most(train, AXES_PICTURES, seed, tag=3)
-    return principal_axes(lambda x0: flat(x0).astype(np.float64), "pixels", chosen.x0)
+def pixels(x0: Tensor) -> Points:
+    """Rows of at most 32 x 32 pixels, as points."""
+    return flat(x0).astype(np.float64)
+
+
+def pixel_features(train: Split, seed: int) -> tuple[Features, Features]:
+    """Principal components of pixels, plain and whitened; fitted to at most 2,000 pictures."""
+    axes = principal_axes(pixels(at_most(train, AXES_PICTURES, seed, tag=3).x0))
+    name = f"{len(axes.variances)} principal components of pixels"
+    return Features(name, lambda x0: axes.plain(pixels(x0))), axes.features(pixels, "pixels")
 
 
 def _leading_axes(centred: Points, count: int) -> tuple[Points, Points]:
@@ -140,8 +151,10 @@ def classifier_features(train: Split, seed: int) -> Features:
     """
     chosen = at_most(train, CLASSIFIER_PICTURES, seed, tag=1)
     net = _trained_classifier(chosen, seed)
-    of = "a classifier fitted on the training pictures"
-    return principal_axes(lambda x0: _embedded(net, x0), of, chosen.x0).whitened()
+    axes = principal_axes(_embedded(net, chosen.x0))
+    return axes.features(
+        lambda x0: _embedded(net, x0), "a classifier fitted on the training pictures"
+    )
 
 
 def _trained_classifier(train: Split, seed: int) -> _Classifier:
@@ -188,11 +201,14 @@ def _embedded(net: _Classifier, x0: Tensor) -> Points:
 # --- the judge of classes -----------------------------------------------------------------------
 
 
-def class_judge(train: Split, seed: int) -> Callable[[Tensor], NDArray[np.int64]]:
-    """An RBF support vector machine on pixels (C = 10, gamma "scale") that names classes."""
+def class_judge(pictures: Split) -> Callable[[Tensor], NDArray[np.int64]]:
+    """An RBF support vector machine on pixels (C = 10, gamma "scale") that names classes.
+
+    Args:
+        pictures: to fit it to, with labels of two classes or more.
+    """
     from sklearn.svm import SVC
 
-    chosen = at_most(train, SVM_PICTURES, seed, tag=2)
-    assert chosen.label is not None
-    machine = SVC(C=10.0, gamma="scale").fit(flat(chosen.x0), chosen.label.numpy())
+    assert pictures.label is not None
+    machine = SVC(C=10.0, gamma="scale").fit(flat(pictures.x0), pictures.label.numpy())
     return lambda x0: cast("NDArray[np.int64]", machine.predict(flat(x0)))

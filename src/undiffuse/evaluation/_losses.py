@@ -2,18 +2,27 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation._bars import Bars, Candidate, Estimate, fit_bars, without_label
 from undiffuse.evaluation._split import Split, at_most, check_same_shape
-from undiffuse.noise import NoiseLevel, Schedule, Stream, keyed, keyed_normal
+from undiffuse.evaluation._spread import (
+    Errors,
+    Interval,
+    difference,
+    in_units,
+    interval,
+    quotient,
+    reached,
+    steps,
+)
+from undiffuse.noise import NoiseLevel, Schedule, Stream, keyed_normal
 
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 5.0)  # sigma / alpha
 MOST_PICTURES = 1000
@@ -21,10 +30,9 @@ MOST_VALUES = 1 << 19  # of all pictures measured together
 CHOOSING_VALUES = 1 << 18  # the same where a bar's setting is chosen
 FEWEST = 64  # pictures, however large
 FEW_HELD_OUT = 50
-RESAMPLES = 1000
 TRAIN_OFFSET = 1 << 32  # training pictures get noise of their own
 MEMORY_BELOW = 1.2  # above this ratio memorised and learned look alike
-
+NEAR = 2.0  # per cent above an exact oracle that count as having reached it
 
 Progress = Callable[[int, int], None]  # (pictures denoised, in all)
 
@@ -40,23 +48,16 @@ class LevelDenoiser(Protocol):
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % bootstrap interval over pictures; None for a single picture."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class LevelResult:
     """Mean squared errors per value of the estimate of x0, at one level.
 
     `held_out` is without label (null), `held_out_labelled` with; None where the denoiser does not
     offer it. `bars` are unconditional and `mixture_given_class` knows the label. `gap` is the
-    judged error minus `bar`, below 0 where the denoiser wins; `nats_per_value` is gap alpha^2 /
-    sigma^2, the integrand over ln sigma/alpha. `train_optimum` is the least possible error on the
-    training pictures and `memory` that same estimate's error on held-out ones.
+    judged error minus `bar`, below 0 where the denoiser wins, and `excess` the same in per cent of
+    `bar`. Against an exact oracle it is the mean of (D - D*)^2, which is that difference without
+    the noise of both. `nats_per_value` is gap alpha^2 / sigma^2, the integrand over ln sigma/alpha.
+    `train_optimum` is the least possible error on the training pictures, `over_train_optimum` what
+    their error lies above it, and `memory` that same estimate's error on held-out pictures.
     """
 
     ratio: float
@@ -69,9 +70,11 @@ class LevelResult:
     bar_name: str
     gap: Interval
     gap_labelled: Interval | None
+    excess: Interval
     nats_per_value: float
     train_minus_held_out: Interval
     train_optimum: float
+    over_train_optimum: Interval
     memory: float
     settings: dict[str, float]
 
@@ -80,11 +83,13 @@ class LevelResult:
 class LevelReport:
     """The levels, and what they say together.
 
-    `judged` is "without label" or "with label". `nats_per_value` is the sum of gap / ratio^2 times
-    the step in ln ratio. `memorised` is 0 for a denoiser that treats training and held-out pictures
-    alike and 1 for the train optimum, None where that cannot be told. `verdict` is "learned",
-    "partly learned", "underfits", "overfits", "memorises" or "not measured"; `reason` says it in a
-    sentence.
+    `judged` is "without label" or "with label". `beaten` are the ratios where the judged error is
+    below the bar, or within 2 % of an exact oracle's. `nats_per_value` is the sum of gap / ratio^2
+    times the step in ln ratio, over the `values` of a picture `nats_per_picture`; against an oracle
+    it bounds the divergence of the generated pictures from the data. `memorised` is 0 for a
+    denoiser that treats training and held-out pictures alike and 1 for the train optimum, None
+    where that cannot be told. `verdict` is "learned", "partly learned", "underfits", "overfits",
+    "memorises" or "not measured"; `reason` says it in a sentence.
     """
 
     levels: tuple[LevelResult, ...]
@@ -96,13 +101,24 @@ class LevelReport:
     reason: str
     held_out_pictures: int
     train_pictures: int
+    values: int
     draws: int
     seed: int
     notes: tuple[str, ...]
 
+    @property
+    def nats_per_picture(self) -> Interval | None:
+        """The sum over a picture's values."""
+        return None if self.nats_per_value is None else self.nats_per_value.times(self.values)
+
+    @property
+    def bits_per_dimension(self) -> Interval | None:
+        """The sum per value, in bits."""
+        return None if self.nats_per_value is None else self.nats_per_value.times(1 / math.log(2))
+
     def asdict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers."""
-        return asdict(self)
+        """Plain dictionaries, lists and numbers, with the sum in all three units."""
+        return asdict(self) | in_units(self.nats_per_value, self.values)
 
 
 def loss_by_level(
@@ -117,6 +133,7 @@ def loss_by_level(
     known: bool = True,
     labelled: bool = False,
     null: bool = True,
+    oracle: Estimate | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = lambda done, total: None,
 ) -> LevelReport:
@@ -136,6 +153,8 @@ def loss_by_level(
         labelled: the denoiser takes the splits' labels.
         null: it may be called without label. Without null it is judged with labels, and its bar
             may use them too.
+        oracle: the exact E[x0 | x] of the distribution that both splits were drawn from; it is
+            the bar then, whatever the fitted ones reach on these pictures.
         device: where the denoiser is called; all else is computed on the CPU.
         progress: called with how many pictures the denoiser has seen, and will see in all.
 
@@ -145,35 +164,49 @@ def loss_by_level(
         DataError: there are no training pictures, or shapes differ.
     """
     _check(train, held_out, draws, batch_size, labelled, null)
-    levels = _levels(denoiser.schedule, ratios)
+    levels = reached(denoiser.schedule, ratios)
     train, held_out = train.on_cpu(), held_out.on_cpu()
     if not len(held_out):
         return _not_measured(train, draws, seed)
-    bars = fit_bars(train, seed)
-    limit = min(MOST_PICTURES, max(FEWEST, MOST_VALUES // train.x0[0].numel()))
-    unseen = at_most(held_out, limit, seed, tag=11)
+    bars = replace(fit_bars(train, seed), oracle=oracle)
+    unseen = measured_on(held_out, seed)
     trained = at_most(bars.pictures, len(unseen), seed, tag=12)
     labels = labelled and unseen.label is not None
     total = len(levels) * draws * (len(unseen) * (int(labels) + int(null)) + len(trained))
-    watched = _watched(denoiser, total, progress)
-    models = _models(watched, batch_size, device, labels, null)
+    counted = watched(denoiser, tally(total, progress))
+    models = models_of(counted, batch_size, device, labels, null)
     job = _Job(models, bars, trained, unseen, draws, seed, known)
     measured = [_measure(job, place, level) for place, level in enumerate(levels)]
     return _report(job, measured, _notes(job, len(held_out), len(ratios) - len(levels)))
 
 
-def _watched(denoiser: LevelDenoiser, total: int, progress: Progress) -> Estimate:
-    """The denoiser, counting the pictures it is given."""
-    done = 0
+def measured_on(held_out: Split, seed: int) -> Split:
+    """As many of them as are measured: at most 1,000, fewer of large pictures."""
+    limit = min(MOST_PICTURES, max(FEWEST, MOST_VALUES // held_out.x0[0].numel()))
+    return at_most(held_out, limit, seed, tag=11)
 
-    def watched(x: Tensor, level: NoiseLevel, label: Tensor | None) -> Tensor:
-        nonlocal done
+
+def watched(denoiser: LevelDenoiser, seen: Callable[[int], None]) -> Estimate:
+    """The denoiser, telling how many pictures it was given."""
+
+    def counting(x: Tensor, level: NoiseLevel, label: Tensor | None) -> Tensor:
         estimate = denoiser(x, level, label)
-        done += len(x)
-        progress(done, total)
+        seen(len(x))
         return estimate
 
-    return watched
+    return counting
+
+
+def tally(total: int, progress: Progress) -> Callable[[int], None]:
+    """Adds up, and tells."""
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return more
 
 
 def _check(
@@ -190,21 +223,11 @@ def _check(
         )
 
 
-def _levels(schedule: Schedule, ratios: Sequence[float]) -> list[NoiseLevel]:
-    """Those the schedule reaches; it clamps the others."""
-    wanted = torch.tensor(sorted(ratios), dtype=torch.float64)
-    grid = schedule.at(wanted)
-    reached = (grid.ratio - wanted).abs() <= 1e-3 * wanted
-    if not bool(reached.any()):
-        raise ConfigError(f"the schedule reaches none of the ratios {list(ratios)}")
-    rows = zip(*(v[reached] for v in grid), strict=True)
-    return [NoiseLevel(*row) for row in rows]
-
-
 def _not_measured(train: Split, draws: int, seed: int) -> LevelReport:
     reason = "there are no held-out pictures"
     none = "not measured"
-    return LevelReport((), "", (), None, None, none, reason, 0, len(train), draws, seed, ())
+    values = train.x0[0].numel()
+    return LevelReport((), "", (), None, None, none, reason, 0, len(train), values, draws, seed, ())
 
 
 def _notes(job: "_Job", held_out: int, out_of_range: int) -> tuple[str, ...]:
@@ -222,7 +245,7 @@ def _notes(job: "_Job", held_out: int, out_of_range: int) -> tuple[str, ...]:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def _models(
+def models_of(
     denoiser: Estimate, batch_size: int, device: torch.device | str, labels: bool, null: bool
 ) -> dict[str, Estimate]:
     """ "plain" and "labelled", as far as the denoiser offers them; the first is the judged one."""
@@ -252,47 +275,63 @@ class _Job:
         return next(iter(self.models))
 
 
-Errors = NDArray[np.float64]  # (n,): per picture, mean over values and draws
-
-
 @dataclass(frozen=True)
 class _Measured:
     ratio: float
     unseen: Mapping[str, Errors]
+    apart: Mapping[str, Errors]  # squares of D - D*, where there is an oracle
     bar_names: tuple[str, ...]
     settings: dict[str, float]
     train: Errors
     train_optimum: Errors
 
-    def best_bar(self, names: Sequence[str]) -> str:
+    def bar(self, judged: str) -> str:
+        """The oracle, or the best of the bars that know as much as the denoiser does."""
+        if _ORACLES[judged] in self.unseen:
+            return _ORACLES[judged]
+        knows = judged == "labelled" and "given_class" in self.unseen
+        names = (*self.bar_names, "given_class") if knows else self.bar_names
         return min(names, key=lambda name: self.unseen[name].mean())
 
-    def judged_bars(self, judged: str) -> tuple[str, ...]:
-        """The bars that know as much as the denoiser does."""
-        knows = judged == "labelled" and "given_class" in self.unseen
-        return (*self.bar_names, "given_class") if knows else self.bar_names
-
     def gaps(self, judged: str) -> Errors:
-        return self.unseen[judged] - self.unseen[self.best_bar(self.judged_bars(judged))]
+        if judged in self.apart:
+            return self.apart[judged]
+        return self.unseen[judged] - self.unseen[self.bar(judged)]
+
+
+_ORACLES = {"plain": "oracle", "labelled": "oracle_given_class"}
 
 
 def _measure(job: _Job, place: int, level: NoiseLevel) -> _Measured:
-    part = place << 20  # the draws of one level do not meet those of the next
+    part = part_of(place)
     chosen = {name: _chosen(family, job, level, part) for name, family in job.bars.families.items()}
-    estimates = {**job.models, **{name: c.estimate for name, c in chosen.items()}}
+    exact = _oracles(job)
+    estimates = {**job.models, **exact, **{name: c.estimate for name, c in chosen.items()}}
     if job.bars.given_class is not None and _classes_known(job):
         estimates["given_class"] = job.bars.given_class
     estimates["memory"] = job.bars.memory
     known = {"model": job.models[job.judged], "memory": job.bars.memory}
-    at_train = _errors(known, job.train, level, TRAIN_OFFSET, part, job)
+    at_train = _errors(known, {}, job.train, level, TRAIN_OFFSET, part, job)[0]
+    best = {name: exact[_ORACLES[name]] for name in job.models if exact}
+    unseen, apart = _errors(estimates, best, job.held_out, level, 0, part, job)
     return _Measured(
         ratio=float(level.ratio),
-        unseen=_errors(estimates, job.held_out, level, 0, part, job),
-        bar_names=tuple(chosen),
+        unseen=unseen,
+        apart=apart,
+        bar_names=(*(name for name in exact if name == "oracle"), *chosen),
         settings={n: c.setting for n, c in chosen.items() if len(job.bars.families[n]) > 1},
         train=at_train["model"],
         train_optimum=at_train["memory"],
     )
+
+
+def _oracles(job: _Job) -> dict[str, Estimate]:
+    """The oracle, told as much as each of the models; nothing where there is none."""
+    oracle = job.bars.oracle
+    if oracle is None:
+        return {}
+    told = {"plain": without_label(oracle), "labelled": oracle}
+    return {_ORACLES[name]: told[name] for name in job.models}
 
 
 def _classes_known(job: _Job) -> bool:
@@ -306,11 +345,17 @@ def _chosen(family: tuple[Candidate, ...], job: _Job, level: NoiseLevel, part: i
         return family[0]
     count = max(FEWEST, CHOOSING_VALUES // job.held_out.x0[0].numel())
     some = job.held_out.at(slice(count))
-    x = _noised(some, level, 0, part, job.seed)
+    x = noised(some, level, 0, part, job.seed)
     return min(family, key=lambda c: float((c.estimate(x, level, None) - some.x0).square().mean()))
 
 
-def _noised(split: Split, level: NoiseLevel, offset: int, part: int, seed: int) -> Tensor:
+def part_of(place: int) -> int:
+    """The first part of the noise of a level; its draws do not meet those of the next."""
+    return place << 20
+
+
+def noised(split: Split, level: NoiseLevel, offset: int, part: int, seed: int) -> Tensor:
+    """The pictures at that level; equal parts and offsets give the same noise."""
     places = range(offset, offset + len(split))
     noise = keyed_normal(seed, Stream.EVALUATE, places, tuple(split.x0.shape[1:]), part)
     return level.mix(split.x0, noise)
@@ -318,33 +363,45 @@ def _noised(split: Split, level: NoiseLevel, offset: int, part: int, seed: int) 
 
 def _errors(
     estimates: Mapping[str, Estimate],
+    best: Mapping[str, Estimate],
     split: Split,
     level: NoiseLevel,
     offset: int,
     part: int,
     job: _Job,
-) -> dict[str, Errors]:
-    """Squared error per picture of every estimate, on the same noise."""
-    totals = {name: torch.zeros(len(split), dtype=torch.float64) for name in estimates}
+) -> tuple[dict[str, Errors], dict[str, Errors]]:
+    """Squared error per picture of every estimate, on the same noise, and from what is `best`."""
+    errors = {name: np.zeros(len(split)) for name in estimates}
+    apart = {name: np.zeros(len(split)) for name in best}
     for draw in range(job.draws):
-        x = _noised(split, level, offset, part + draw, job.seed)
+        x = noised(split, level, offset, part + draw, job.seed)
         for name, estimate in estimates.items():
-            apart = estimate(x, level, split.label) - split.x0
-            totals[name] += apart.double().square().flatten(1).mean(1)
-    return {name: (total / job.draws).numpy() for name, total in totals.items()}
+            made = estimate(x, level, split.label)
+            errors[name] += squares(made - split.x0) / job.draws
+            if name in best:
+                apart[name] += squares(made - best[name](x, level, split.label)) / job.draws
+    return errors, apart
+
+
+def squares(apart: Tensor) -> Errors:
+    """Mean square of every picture's values."""
+    return apart.double().square().flatten(1).mean(1).cpu().numpy()
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
 def _report(job: _Job, measured: list[_Measured], notes: tuple[str, ...]) -> LevelReport:
-    weights = _steps([m.ratio for m in measured])
+    weights = steps([m.ratio for m in measured])
     gaps = [w * m.gaps(job.judged) / m.ratio**2 for w, m in zip(weights, measured, strict=True)]
-    nats = _interval(np.sum(gaps, axis=0), job.seed)
+    nats = interval(np.sum(gaps, axis=0), job.seed)
     levels = tuple(_result(job, m) for m in measured)
-    beaten = tuple(level.ratio for level in levels if level.gap.value < 0)
+    exact = job.bars.oracle is not None
+    reach = NEAR if exact else 0.0
+    beaten = tuple(level.ratio for level in levels if level.excess.value < reach)
     memorised = _memorised(levels, measured, job.judged) if job.known else None
-    verdict, reason = _verdict(levels, beaten, nats, memorised)
+    won = f"within {NEAR:g} % of the least possible" if exact else "below the bar"
+    verdict, reason = _verdict(levels, beaten, nats, memorised, won)
     return LevelReport(
         levels=levels,
         judged={"plain": "without label", "labelled": "with label"}[job.judged],
@@ -355,25 +412,17 @@ def _report(job: _Job, measured: list[_Measured], notes: tuple[str, ...]) -> Lev
         reason=reason,
         held_out_pictures=len(job.held_out),
         train_pictures=len(job.train),
+        values=job.held_out.x0[0].numel(),
         draws=job.draws,
         seed=job.seed,
         notes=notes,
     )
 
 
-def _steps(ratios: list[float]) -> list[float]:
-    """Trapezoidal weights in ln ratio; 1 for a single level."""
-    if len(ratios) == 1:
-        return [1.0]
-    logs = np.log(ratios)
-    padded = np.concatenate([logs[:1], logs, logs[-1:]])
-    return [float(v) for v in (padded[2:] - padded[:-2]) / 2]
-
-
 def _result(job: _Job, m: _Measured) -> LevelResult:
     means = {name: float(errors.mean()) for name, errors in m.unseen.items()}
-    bar = m.best_bar(m.judged_bars(job.judged))
-    gap = _interval(m.gaps(job.judged), job.seed)
+    bar, gaps = m.bar(job.judged), m.gaps(job.judged)
+    gap = interval(gaps, job.seed)
     both = job.judged != "labelled" and "labelled" in m.unseen
     return LevelResult(
         ratio=m.ratio,
@@ -385,39 +434,15 @@ def _result(job: _Job, m: _Measured) -> LevelResult:
         bar=means[bar],
         bar_name=bar,
         gap=gap,
-        gap_labelled=_interval(m.gaps("labelled"), job.seed) if both else None,
+        gap_labelled=interval(m.gaps("labelled"), job.seed) if both else None,
+        excess=quotient(gaps, m.unseen[bar], job.seed).times(100),
         nats_per_value=gap.value / m.ratio**2,
-        train_minus_held_out=_difference(m.train, m.unseen[job.judged], job.seed),
+        train_minus_held_out=difference(m.train, m.unseen[job.judged], job.seed),
         train_optimum=float(m.train_optimum.mean()),
+        over_train_optimum=interval(m.train - m.train_optimum, job.seed),
         memory=means["memory"],
         settings=m.settings,
     )
-
-
-def _resampled(values: Errors, seed: int, tag: int) -> NDArray[np.float64]:
-    """Means of bootstrap samples of the pictures."""
-    generator = keyed(seed, Stream.EVALUATE, (1 << 41) + tag)
-    counts = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
-    return counts @ values / len(values)
-
-
-def _bounds(means: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _interval(values: Errors, seed: int) -> Interval:
-    """Paired: `values` are differences picture by picture."""
-    low, high = _bounds(_resampled(values, seed, 0)) if len(values) > 1 else (None, None)
-    return Interval(float(values.mean()), low, high)
-
-
-def _difference(a: Errors, b: Errors, seed: int) -> Interval:
-    """Of the means of two sets of different pictures."""
-    value = float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2:
-        return Interval(value, None, None)
-    return Interval(value, *_bounds(_resampled(a, seed, 1) - _resampled(b, seed, 2)))
 
 
 def _memorised(
@@ -438,16 +463,18 @@ def _verdict(
     beaten: tuple[float, ...],
     nats: Interval,
     memorised: float | None,
+    won: str,
 ) -> tuple[str, str]:
     cost = f"{nats.value:+.4f} nats per value against the bars"
-    score = f"held-out error below the bar at {len(beaten)} of {len(levels)} levels, {cost}"
+    score = f"held-out error {won} at {len(beaten)} of {len(levels)} levels, {cost}"
     if not math.isfinite(nats.value):
         return "not measured", "the denoiser's estimates are not finite"
     share = 0.0 if memorised is None else memorised
     surely = any((level.train_minus_held_out.high or 0.0) < 0 for level in levels)
+    fits = beaten or any(level.train < level.bar for level in levels)
     if share >= 0.5:
         return "memorises", f"{_apart(share)}; {score}"
-    if share >= 0.1 and surely and beaten:
+    if share >= 0.1 and surely and fits:
         return "overfits", f"{_apart(share)}; {score}"
     reason = score if memorised is None else f"{score}, {_apart(share)}"
     if len(beaten) == len(levels):

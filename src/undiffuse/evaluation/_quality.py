@@ -2,91 +2,43 @@
 
 No measure suffices alone. A copy of the training set is perfect on every distance between
 distributions; a Gaussian fit nearly so on the Fréchet distance. So each figure says what it is
-blind to, and the neighbour ratio is always there.
+blind to, copies are always looked for, and where one figure shows that others cannot be trusted
+the others say so.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from undiffuse.errors import DataError
-from undiffuse.evaluation._features import (
-    SVM_PICTURES,
-    Features,
-    class_judge,
-    classifier_features,
-    flat,
-    pixel_axes,
+from undiffuse.evaluation._class_accuracy import class_accuracy, train_on_samples
+from undiffuse.evaluation._copies import NAMES as COPIES
+from undiffuse.evaluation._copies import Pair, find_copies
+from undiffuse.evaluation._distances import distances
+from undiffuse.evaluation._features import Features
+from undiffuse.evaluation._pixels import in_pixels
+from undiffuse.evaluation._quality_figure import FEW, Figure
+from undiffuse.evaluation._split import Sets, Split, check_same_shape
+
+SPACES = ("", "_pca")  # classifier or given features, and principal components of pixels
+IN_FEATURES = (
+    *("frechet", "frechet_infinity", "kernel"),
+    *("precision", "recall", "density", "coverage"),
 )
-from undiffuse.evaluation._measures import (
-    Neighbours,
-    Points,
-    PrecisionRecall,
-    covariance_spectrum,
-    frechet_distance,
-    frechet_floor,
-    nearest,
-    precision_recall,
+FIGURES = (  # the names of all figures; those in features without `_pca` need classes or features
+    *("class_accuracy", "train_on_samples"),
+    *IN_FEATURES,
+    "frechet_raw",  # where features were given that have more than 32 dimensions
+    *(f"{name}_pca" for name in IN_FEATURES),
+    "authentic",
+    *("two_sample", "sliced", "spectrum", "pixel_mean", "pixel_std"),
+    *COPIES,
 )
-from undiffuse.evaluation._split import Split, at_most, check_same_shape, shuffled
-
-DRAWS = 20  # random subsets that a floor's mean and deviation come from
-NEIGHBOURS = 5  # k of precision and recall
-SHARE_DRAWS = 5  # the same for shares, whose deviation is the binomial one
-MOST_POINTS = 1000  # samples, and held-out pictures, in precision and recall
-MOST_KNOWN = 2000  # training pictures there: a dense set draws a tight border
-FEW_HELD_OUT = 50  # below this every floor is rough
-FEW_TRAIN = 100  # below this, or with fewer than 10 per class, no classifier is fitted
-COPY_RATIO = 1 / 3
-CLOSEST = 16
-FIGURES = (  # the names of all figures; those in features need classes
-    "class_accuracy",
-    "frechet",
-    "precision",
-    "recall",
-    "frechet_pca",
-    "precision_pca",
-    "recall_pca",
-    "copies",
-)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number about samples, and the same number for real pictures (`floor`).
-
-    `value` is None where nothing could be measured; `warning` then says why. `floor_std` is the
-    floor's standard deviation; `better` is "lower" or "higher".
-    """
-
-    name: str
-    value: float | None
-    floor: float | None
-    floor_std: float | None
-    better: str
-    n: int
-    features: str
-    note: str = ""
-    warning: str = ""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A sample and its nearest training picture, by their places in `samples` and `search`.
-
-    `distance` is the root mean square over pixels; `ratio` is d1 / d2.
-    """
-
-    sample: int
-    train: int
-    distance: float
-    ratio: float
+REPEATING = {*COPIES, "authentic"}  # what shows copies, and is not flattered by them
+SHARES = ("class_accuracy", "train_on_samples", "precision", "recall", "coverage")
 
 
 @dataclass(frozen=True)
@@ -118,18 +70,19 @@ def sample_quality(
     features: Features | None = None,
     search: Iterable[Float[Tensor, "n c h w"]] | None = None,
 ) -> SampleReport:
-    """Class accuracy, Fréchet distance, precision, recall and near copies, with their floors.
+    """Every figure of `FIGURES` that these sets allow, each with its floor.
 
-    Measured in the features of a small classifier fitted on `train` now (where it has classes)
-    and in principal components of its pixels (`frechet_pca` …). Values below -1 and
-    above 1 are clipped, samples that are not finite are left out and counted. Sets too small for
-    a measure give a figure without value and a warning, never an error.
+    Distances between distributions are measured in the features of a small classifier fitted on
+    `train` now (where it has classes) and in principal components of its pixels (`frechet_pca` …).
+    Values below -1 and above 1 are clipped, samples that are not finite are left out and counted.
+    Sets too small for a measure give a figure without value and a warning, never an error.
 
     Args:
         train: the pictures the samples' generator was trained on, or some of them.
         held_out: pictures it has not seen.
         seed: of the classifier and of all random subsets.
-        features: used in place of the classifier.
+        features: used in place of the classifier. Where they have more than 32 dimensions, the
+            Fréchet distance is that of 32 principal components, and `frechet_raw` of all.
         search: where copies are looked for: all training pictures in chunks, read once, one at a
             time, so that they need not fit into memory together. None: `train`.
 
@@ -141,26 +94,19 @@ def sample_quality(
     check_same_shape(samples, train, "samples")
     check_same_shape(held_out, train, "held-out pictures")
     finite, places = _finite(samples.on_cpu())
-    sets = _Sets(_clipped(finite), train.on_cpu(), held_out.on_cpu(), seed)
-    copies, pairs, searched = _copies(sets, places, [train.x0] if search is None else search)
-    figures = [_class_accuracy(sets), *_in_features(sets, features), copies]
+    sets = Sets(_clipped(finite), train.on_cpu(), held_out.on_cpu(), seed)
+    copies = find_copies(sets, places, search)
+    figures = [class_accuracy(sets), train_on_samples(sets)]
+    figures += [*distances(sets, features), *in_pixels(sets), *copies.figures]
     return SampleReport(
-        figures=tuple(_with_set_warning(figure, sets) for figure in figures),
-        closest=pairs,
+        figures=_with_warnings(figures, sets),
+        closest=copies.closest,
         samples=len(samples),
         train=len(train),
-        train_searched=searched,
+        train_searched=copies.searched,
         held_out=len(held_out),
         not_finite=len(samples) - len(finite),
     )
-
-
-@dataclass(frozen=True)
-class _Sets:
-    samples: Split
-    train: Split
-    held_out: Split
-    seed: int
 
 
 def _finite(samples: Split) -> tuple[Split, Tensor]:
@@ -172,266 +118,72 @@ def _clipped(split: Split) -> Split:
     return replace(split, x0=split.x0.clamp(-1, 1))
 
 
-def _with_set_warning(figure: Figure, sets: _Sets) -> Figure:
-    if figure.floor is None or len(sets.held_out) >= FEW_HELD_OUT:
-        return figure
-    return _warned(figure, f"only {len(sets.held_out)} held-out pictures: the floor is rough")
+# --- what one figure says about another ---------------------------------------------------------
 
 
-def _warned(figure: Figure, warning: str) -> Figure:
-    return replace(figure, warning="; ".join(part for part in (figure.warning, warning) if part))
+def _with_warnings(figures: list[Figure], sets: Sets) -> tuple[Figure, ...]:
+    """In the order of `FIGURES`, with what follows from all of them and from the sets' sizes."""
+    by_name = {figure.name: figure for figure in figures}
+    said = [_few(sets), _copied(by_name), _blind, _one_sided(by_name)]
+    return tuple(
+        _warned(by_name[name], [one(by_name[name]) for one in said])
+        for name in FIGURES
+        if name in by_name
+    )
 
 
-def _unmeasured(name: str, better: str, features: str, why: str) -> Figure:
-    return Figure(name, None, None, None, better, 0, features, warning=f"not measured: {why}")
-
-
-# --- class accuracy -----------------------------------------------------------------------------
-
-_PIXELS = "pixels (averaged down to 32 px where larger)"
-
-
-def _class_accuracy(sets: _Sets) -> Figure:
-    why = _no_accuracy(sets)
-    if why:
-        return _unmeasured("class_accuracy", "higher", _PIXELS, why)
-    judge = class_judge(sets.train, sets.seed)
-    sampled = _per_class(judge, sets.samples, sets.train.classes())
-    real = _per_class(judge, sets.held_out, sets.train.classes())
-    shared = sorted(sampled.keys() & real.keys()) or sorted(sampled)
-    value, _, n = _mean_accuracy(sampled, shared)
-    floor, std, _ = _mean_accuracy(real, shared) if real else (None, None, 0)
-    figure = Figure("class_accuracy", value, floor, std, "higher", n, _PIXELS, _ACCURACY_NOTE)
-    missing = sorted(set(sets.train.classes()) - set(shared))
-    if real and missing:
-        figure = _warned(figure, f"no samples or held-out pictures of classes {_few(missing)}")
-    if not real:
-        figure = _warned(figure, "no labelled held-out pictures, so no floor")
+def _warned(figure: Figure, warnings: list[str]) -> Figure:
+    for warning in filter(None, warnings):
+        figure = figure.warned(warning) if figure.value is not None else figure
     return figure
 
 
-_ACCURACY_NOTE = (
-    "RBF support vector machine fitted on at most"
-    f" {SVM_PICTURES} training pictures; mean over classes. Blind to diversity and to copies;"
-    " above the floor is no merit"
-)
+_Named = dict[str, Figure]
+_Say = Callable[[Figure], str]
 
 
-def _no_accuracy(sets: _Sets) -> str:
-    if sets.train.label is None or sets.samples.label is None:
-        return "the pictures have no classes"
-    fitted = at_most(sets.train, SVM_PICTURES, sets.seed, tag=2)
-    if len(fitted.classes()) < 2:
-        return "the training pictures have one class only"
-    if not set(sets.samples.classes()) & set(sets.train.classes()):
-        return "no sample is of a class of the training pictures"
+def _few(sets: Sets) -> _Say:
+    rough = "; ".join(
+        f"only {count} {of}: the {what} is rough"
+        for count, of, what in (
+            (len(sets.samples), "samples", "value"),
+            (len(sets.held_out), "held-out pictures", "floor"),
+        )
+        if 0 < count < FEW
+    )
+    return lambda figure: rough
+
+
+def _copied(figures: _Named) -> _Say:
+    """Copies look perfect to all that compares distributions."""
+    shown = sorted(name for name in REPEATING if name in figures and figures[name].far)
+    warning = f"samples repeat training pictures ({', '.join(shown)}), which flatters this figure"
+    return lambda figure: warning if shown and figure.name not in REPEATING else ""
+
+
+def _blind(figure: Figure) -> str:
+    """Where real pictures fail as well, a measure cannot tell samples from them."""
+    name, floor = figure.name, figure.floor
+    if floor is not None and name.removesuffix("_pca") in SHARES and floor < 0.5:
+        return f"blind here: real pictures reach no more than {floor:.2g}"
+    if floor is not None and name in COPIES and floor > 0.1:
+        return f"blind here: {floor:.0%} of the held-out pictures count as copies themselves"
     return ""
 
 
-def _few(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:10])) + (" …" if len(numbers) > 10 else "")
+def _one_sided(figures: _Named) -> _Say:
+    """A pair of which one is as in real pictures and the other is not says what is wrong."""
+    said: dict[str, str] = {}
+    for good, full in (("precision", "recall"), ("density", "coverage")):
+        for end in SPACES:
+            pair = [figures.get(f"{name}{end}") for name in (good, full)]
+            said |= _about_pair(*pair)
+    return lambda figure: said.get(figure.name, "")
 
 
-Hits = dict[int, tuple[int, int]]  # class -> (right, all)
-
-
-def _per_class(
-    judge: Callable[[Tensor], NDArray[np.int64]], split: Split, classes: list[int]
-) -> Hits:
-    if split.label is None or not len(split):
+def _about_pair(good: Figure | None, full: Figure | None) -> dict[str, str]:
+    if good is None or full is None or good.far == full.far:
         return {}
-    label = split.label.numpy()
-    right = judge(split.x0) == label
-    return {
-        c: (int(right[label == c].sum()), int((label == c).sum())) for c in classes if c in label
-    }
-
-
-def _mean_accuracy(hits: Hits, classes: list[int]) -> tuple[float, float, int]:
-    """Mean over classes, its standard error, and the number of pictures."""
-    counted = [hits[c] for c in classes if c in hits]
-    n = sum(total for _, total in counted)
-    value = sum(right / total for right, total in counted) / len(counted)
-    effective = len(counted) ** 2 / sum(1 / total for _, total in counted)
-    return value, _share_std(value, effective), n
-
-
-def _share_std(share: float, n: float | int) -> float:
-    """Binomial; by Laplace's rule, so that 0 of n is not taken for certainty."""
-    share = (share * n + 1) / (n + 2)
-    return math.sqrt(share * (1 - share) / n)
-
-
-# --- distances between distributions ------------------------------------------------------------
-
-
-def _in_features(sets: _Sets, features: Features | None) -> Iterator[Figure]:
-    """Fréchet, precision and recall, in the best features and in principal components of pixels.
-
-    The latter are whitened for the Fréchet distance alone: whitening blows up small ones, and then
-    neighbours say little (a Gaussian fit of digits: precision 0.91, unwhitened 0.75; n = 360).
-    """
-    if features is None and _can_classify(sets.train):
-        features = classifier_features(sets.train, sets.seed)
-    if features is not None:
-        points = _points(sets, features)
-        yield _frechet(points)
-        yield from _precision_recall(points)
-    axes = pixel_axes(sets.train, sets.seed)
-    yield replace(_frechet(_points(sets, axes.whitened())), name="frechet_pca")
-    for figure in _precision_recall(_points(sets, axes.plain())):
-        yield replace(figure, name=f"{figure.name}_pca")
-
-
-def _can_classify(train: Split) -> bool:
-    classes = len(train.classes())
-    return classes >= 2 and len(train) >= max(FEW_TRAIN, 10 * classes)
-
-
-def _points(sets: _Sets, features: Features) -> "_Points":
-    made, known, unseen = (
-        features(part.x0) if len(part) else np.zeros((0, 1))
-        for part in (sets.samples, sets.train, sets.held_out)
-    )
-    return _Points(made, known, unseen, features.name, sets.seed)
-
-
-@dataclass(frozen=True)
-class _Points:
-    samples: Points
-    train: Points
-    held_out: Points
-    name: str
-    seed: int
-
-    def some(self, points: Points, n: int, draw: int, role: int) -> Points:
-        """A random n of the points; sets with different roles are drawn independently."""
-        return points[shuffled(len(points), self.seed, tag=(role << 16) + draw)[:n].numpy()]
-
-
-def _frechet(points: _Points) -> Figure:
-    reference = points.held_out if len(points.held_out) >= 2 else points.train
-    pool = np.concatenate([points.train, points.held_out]) if len(points.held_out) else reference
-    n, dims = min(len(points.samples), len(reference), len(pool) // 2), points.train.shape[1]
-    if n < 2 or dims == 0:
-        why = f"{n} pictures a side" if dims else "the training pictures do not vary"
-        return _unmeasured("frechet", "lower", points.name, why)
-    value = [
-        frechet_distance(
-            points.some(points.samples, n, i, role=1), points.some(reference, n, i, role=2)
-        )
-        for i in range(DRAWS)
-    ]
-    pairs = [np.split(points.some(pool, 2 * n, i, role=4), 2) for i in range(DRAWS)]
-    floor = [frechet_distance(a, b) for a, b in pairs]
-    mean, std = float(np.mean(floor)), float(np.std(floor, ddof=1))
-    note = _frechet_note(points, n)
-    figure = Figure("frechet", float(np.mean(value)), mean, std, "lower", n, points.name, note)
-    if reference is points.train:
-        figure = _warned(figure, "compared with training pictures, for want of held-out ones")
-    if n < 2 * dims:
-        figure = _warned(figure, f"{n} pictures are few for {dims} dimensions")
-    return figure
-
-
-def _frechet_note(points: _Points, n: int) -> str:
-    theory = frechet_floor(covariance_spectrum(points.train), n, n)
-    return (
-        f"{n} samples against {n} held-out pictures; floor: {n} against {n} real ones,"
-        f" {DRAWS} draws ({theory:.3g} in theory if Gaussian). Not comparable with FID; blind to"
-        " copies and to whatever the features ignore"
-    )
-
-
-def _precision_recall(points: _Points) -> tuple[Figure, Figure]:
-    n = min(MOST_POINTS, len(points.samples), len(points.held_out))
-    known = min(MOST_KNOWN, len(points.train))
-    if min(n, known) <= NEIGHBOURS or not points.train.shape[1]:
-        why = f"{min(n, known)} pictures a side, more than {NEIGHBOURS} needed"
-        precision = _unmeasured("precision", "higher", points.name, why)
-        return precision, replace(precision, name="recall")
-    value, floor = (_mean_shares(points, v, n) for v in (points.samples, points.held_out))
-    note = f"k = {NEIGHBOURS}, {n} against {known} training pictures; blind to copies and to "
-    return (
-        _share("precision", value, floor, n, points.name, f"{note}missing kinds of pictures"),
-        _share("recall", value, floor, n, points.name, f"{note}bad pictures beside good ones"),
-    )
-
-
-def _mean_shares(points: _Points, judged: Points, n: int) -> dict[str, float]:
-    """Mean over random subsets; one is enough where all points are taken."""
-    draws = 1 if n == len(judged) and len(points.train) <= MOST_KNOWN else SHARE_DRAWS
-    rows = [
-        precision_recall(
-            points.some(points.train, MOST_KNOWN, i, role=3),
-            points.some(judged, n, i, role=1),
-            NEIGHBOURS,
-        )
-        for i in range(draws)
-    ]
-    return {
-        name: float(mean)
-        for name, mean in zip(PrecisionRecall._fields, np.mean(rows, axis=0), strict=True)
-    }
-
-
-def _share(
-    name: str, value: dict[str, float], floor: dict[str, float], n: int, features: str, note: str
-) -> Figure:
-    std = _share_std(floor[name], n)
-    return Figure(name, value[name], floor[name], std, "higher", n, features, note)
-
-
-# --- copies -------------------------------------------------------------------------------------
-
-
-def _copies(
-    sets: _Sets, places: Tensor, search: Iterable[Tensor]
-) -> tuple[Figure, tuple[Pair, ...], int]:
-    """Share of samples with d1 / d2 < 1/3; `places` are the samples' places as given."""
-    made = len(sets.samples)
-    queries = np.concatenate([flat(sets.samples.x0), flat(sets.held_out.x0)])
-    found, searched = nearest(queries, _rows(search, sets.train))
-    if found is None or not made:
-        why = "no finite samples" if found else "fewer than 2 distinct training pictures"
-        return _unmeasured("copies", "lower", _PIXELS, why), (), searched
-    value, floor, std = _share_below(found.at(slice(made)).ratio), None, None
-    if len(sets.held_out):
-        floor = _share_below(found.at(slice(made, None)).ratio)
-        std = _share_std(floor, len(sets.held_out))
-    note = _COPIES_NOTE.format(searched)
-    figure = Figure("copies", value, floor, std, "lower", made, _PIXELS, note)
-    if floor is None:
-        figure = _warned(figure, "no held-out pictures, so no floor")
-    closest = _closest(found.at(slice(made)), places, queries.shape[1])
-    return figure, closest, searched
-
-
-_COPIES_NOTE = (
-    "share with d1/d2 < 1/3 to the two nearest distinct ones of {:,} training pictures; blind to"
-    " all but copies, and to copies that were shifted or mirrored"
-)
-
-
-def _rows(search: Iterable[Tensor], train: Split) -> Iterator[NDArray[np.float32]]:
-    for chunk in search:
-        part = Split(chunk).on_cpu()
-        check_same_shape(part, train, "pictures to search")
-        yield flat(part.x0)
-
-
-def _share_below(ratio: Points) -> float:
-    return float((ratio < COPY_RATIO).mean())
-
-
-def _closest(made: Neighbours, places: Tensor, values: int) -> tuple[Pair, ...]:
-    order = np.lexsort((made.distance, made.ratio))[:CLOSEST]
-    return tuple(
-        Pair(
-            sample=int(places[i]),
-            train=int(made.place[i]),
-            distance=float(made.distance[i]) / math.sqrt(values),
-            ratio=float(made.ratio[i]),
-        )
-        for i in order
-    )
+    if full.far:
+        return {full.name: f"{good.name} is as in real pictures: some kinds are missing"}
+    return {good.name: f"{full.name} is as in real pictures: beside good samples there are bad"}

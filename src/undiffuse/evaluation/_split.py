@@ -57,6 +57,26 @@ def check_same_shape(split: Split, other: Split, name: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Sets:
+    """The three sets of one comparison, in memory and clipped to [-1, 1], and the seed of draws."""
+
+    samples: Split
+    train: Split
+    held_out: Split
+    seed: int
+
+    def at_most(self, limit: int) -> "Sets":
+        """The same with at most so many real pictures on either side."""
+        train, held_out = (at_most(part, limit, self.seed, tag=4) for part in self.real)
+        return Sets(self.samples, train, held_out, self.seed)
+
+    @property
+    def real(self) -> tuple[Split, Split]:
+        """Training and held-out pictures."""
+        return self.train, self.held_out
+
+
 def shuffled(count: int, seed: int, tag: int) -> Tensor:
     """A permutation of 0 … count - 1 that depends on (seed, tag) alone."""
     return torch.from_numpy(keyed(seed, Stream.EVALUATE, _DRAWS + tag).permutation(count))

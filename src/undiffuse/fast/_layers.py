@@ -73,11 +73,16 @@ class Fast:
             return call(layer, *inputs).to(self.dtype)
 
     def _embedding(
-        self, layer: TimestepEmbedding, timestep: Tensor, label: Tensor | None, _: torch.dtype
+        self,
+        layer: TimestepEmbedding,
+        timestep: Tensor,
+        label: Tensor | None,
+        _: torch.dtype,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """In float32, and once where all pictures share the level, as when sampling."""
-        if timestep.stride(0) or (label is not None and label.stride(0)):
-            return layer(timestep, label, torch.float32)
+        if augment is not None or timestep.stride(0) or (label is not None and label.stride(0)):
+            return layer(timestep, label, torch.float32, augment)
         row = layer(timestep[:1], None if label is None else label[:1], torch.float32)
         return row.expand(len(timestep), -1)
 

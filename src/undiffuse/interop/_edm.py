@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from undiffuse.augmentation import PARAMETERS
 from undiffuse.denoiser import KarrasPrecond
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.interop._weights import (
@@ -102,6 +103,7 @@ class Structure:
     num_blocks: int
     attention: tuple[int, ...]  # levels
     num_classes: int = 0
+    augment: int = 0  # numbers that told the network of augmentation
 
 
 def from_edm(tensors: Tensors, options: EDMOptions | None = None) -> Imported:
@@ -147,13 +149,8 @@ def _bare(tensors: Tensors) -> Tensors:
 
 
 def _ignored(tensors: Iterable[str]) -> list[str]:
-    """Fixed filters, and the reader of the augmentation pipe's settings: it adds nothing to
-    pictures that are not augmented, and so to no generated picture."""
-    return [
-        name
-        for name in tensors
-        if name.endswith(".resample_filter") or name == "map_augment.weight"
-    ]
+    """Fixed filters."""
+    return [name for name in tensors if name.endswith(".resample_filter")]
 
 
 def _notes(tensors: Tensors, structure: Structure, options: EDMOptions) -> Iterator[str]:
@@ -162,8 +159,11 @@ def _notes(tensors: Tensors, structure: Structure, options: EDMOptions) -> Itera
         "the weights do not tell how the network was preconditioned in training: EDM's way with"
         f" sigma_data={options.sigma_data} is assumed"
     )
-    if "map_augment.weight" in tensors:
-        yield "the input for augmentation settings (map_augment) is left out: it adds nothing here"
+    if structure.augment not in (0, PARAMETERS):
+        yield (
+            f"what the {structure.augment} numbers that told of augmentation mean is not known:"
+            " zeros, or none, as for every generated picture, add nothing"
+        )
     if structure.num_classes and structure.kind is Kind.SONG and not options.label_dropout:
         yield (
             f"label {structure.num_classes} means no class; unless labels were left out at times"
@@ -230,7 +230,8 @@ def structure_of(tensors: Tensors) -> Structure:
         widths=tuple(_shape(tensors, f"{name}.conv0.weight", 4)[0] for name in first),
         num_blocks=1 + max(blocks),
         attention=tuple(level for level, size in enumerate(sizes) if size in attended),
-        num_classes=_classes(tensors),
+        num_classes=_inputs(tensors, "map_label.weight"),
+        augment=_inputs(tensors, "map_augment.weight"),
     )
 
 
@@ -265,8 +266,7 @@ def _shape(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
     return shape
 
 
-def _classes(tensors: Tensors) -> int:
-    name = "map_label.weight"
+def _inputs(tensors: Tensors, name: str) -> int:
     return _shape(tensors, name, 2)[1] if name in tensors else 0
 
 
@@ -325,6 +325,7 @@ def _song_style(structure: Structure, options: EDMOptions) -> Style:
         classes=classes,
         null=classes > 0,
         label_first=True,
+        augment=structure.augment,
     )
     return Style(
         group_width=4,
@@ -345,6 +346,7 @@ def _dhariwal_style(structure: Structure, options: EDMOptions) -> Style:
         sin_first=False,
         classes=classes,
         null=classes > 0 and options.label_dropout,
+        augment=structure.augment,
     )
     return Style(
         group_width=4, inject=Inject.SCALE_SHIFT, dropout=options.dropout, embedding=embedding
@@ -359,6 +361,8 @@ def _rules(spec: UNetSpec, structure: Structure) -> list[Rule]:
         *layer("embedding.linear1", "map_layer0"),
         *layer("embedding.linear2", "map_layer1"),
     ]
+    if spec.augment:
+        rules.append(same("embedding.augment", "map_augment.weight"))
     if spec.classes:
         rules.append(
             _one_hot_with_bias(spec.classes)

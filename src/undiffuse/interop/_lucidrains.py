@@ -89,6 +89,7 @@ def to_lucidrains(spec: UNetSpec, weights: Tensors) -> dict[str, Tensor]:
     Raises:
         ConfigError: their `Unet` has no such network; the message names the op or the field.
     """
+    spec = spec.with_augment(0)  # a generated picture is told of none
     _check_kinds(spec)
     theirs = write_weights(rules(spec), weights)
     theirs |= {name: torch.empty(shape) for name, shape in _empty_memories(spec).items()}

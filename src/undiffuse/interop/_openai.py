@@ -219,6 +219,7 @@ def to_openai(
             'embedding.null is True: OpenAI\'s UNetModel has no row for "no class"; it cannot be'
             " written"
         )
+    spec = spec.with_augment(0)  # a generated picture is told of none
     rules = _rules(spec, use_new_attention_order)
     _check_expressible(spec, rules)
     missing = [rule.ours for rule in rules if rule.ours not in weights]

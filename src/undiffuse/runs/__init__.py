@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from undiffuse.runs._against import Comparison, compare_runs
     from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, sample_count
     from undiffuse.runs._exchange import (
         ExportedModel,
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
     )
     from undiffuse.runs._folder import RunFolder, check_writable, stored_config
     from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
-    from undiffuse.runs._load import list_models, load, missing_run
+    from undiffuse.runs._likelihood import (
+        LikelihoodOptions,
+        RunLikelihood,
+        Side,
+        run_likelihood,
+    )
+    from undiffuse.runs._load import averaged, guide, list_models, load, missing_run
+    from undiffuse.runs._pareto import Pareto, pareto_run
     from undiffuse.runs._plan import Plan, Request, resumed_config
     from undiffuse.runs._report import next_commands, write_report
     from undiffuse.runs._train import (
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Comparison",
     "Doing",
     "EvaluateOptions",
     "Evaluated",
@@ -49,31 +58,40 @@ __all__ = [
     "ExportedModel",
     "Finished",
     "ImportedModel",
+    "LikelihoodOptions",
     "Note",
+    "Pareto",
     "Plan",
     "Planned",
     "Progress",
     "Request",
     "RunFolder",
+    "RunLikelihood",
     "Saved",
+    "Side",
     "Stopped",
     "Validated",
+    "averaged",
     "check_free",
     "check_writable",
+    "compare_runs",
     "evaluate_run",
     "export_model",
     "film",
     "fit",
     "format_of",
     "generate",
+    "guide",
     "import_model",
     "labels_in_turn",
     "list_models",
     "load",
     "missing_run",
     "next_commands",
+    "pareto_run",
     "parse_labels",
     "resumed_config",
+    "run_likelihood",
     "sample_count",
     "stored_config",
     "training_run",
@@ -81,6 +99,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparison": "_against",
     "Doing": "_train",
     "EvaluateOptions": "_evaluate",
     "Evaluated": "_evaluate",
@@ -88,31 +107,40 @@ _HOMES = {
     "ExportedModel": "_exchange",
     "Finished": "_train",
     "ImportedModel": "_exchange",
+    "LikelihoodOptions": "_likelihood",
     "Note": "_train",
+    "Pareto": "_pareto",
     "Plan": "_plan",
     "Planned": "_train",
     "Progress": "_train",
     "Request": "_plan",
     "RunFolder": "_folder",
+    "RunLikelihood": "_likelihood",
     "Saved": "_train",
+    "Side": "_likelihood",
     "Stopped": "_train",
     "Validated": "_train",
+    "averaged": "_load",
     "check_free": "_exchange",
     "check_writable": "_folder",
+    "compare_runs": "_against",
     "evaluate_run": "_evaluate",
     "export_model": "_exchange",
     "film": "_generate",
     "fit": "_train",
     "format_of": "_exchange",
     "generate": "_generate",
+    "guide": "_load",
     "import_model": "_exchange",
     "labels_in_turn": "_generate",
     "list_models": "_load",
     "load": "_load",
     "missing_run": "_load",
     "next_commands": "_report",
+    "pareto_run": "_pareto",
     "parse_labels": "_generate",
     "resumed_config": "_plan",
+    "run_likelihood": "_likelihood",
     "sample_count": "_evaluate",
     "stored_config": "_folder",
     "training_run": "_train",

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undiffuse import evaluation, images, runtime
+from undiffuse import drawing, evaluation, images
 from undiffuse.checkpoint import Model
 from undiffuse.config import Device, SampleConfig, Weights
+from undiffuse.errors import ConfigError
 from undiffuse.runs._folder import RunFolder, write_json
 from undiffuse.runs._generate import generate, labels_in_turn
-from undiffuse.runs._load import load
-from undiffuse.runs._real import Crops, real_pictures
+from undiffuse.runs._load import guide, load
+from undiffuse.runs._real import Crops, Real, real_pictures
 from undiffuse.sampling import Step
 
 # Defaults that keep an evaluation to minutes on a laptop: the time goes with pixels.
@@ -36,6 +37,10 @@ class EvaluateOptions:
     weights: Weights = Weights.EMA
     checkpoint: int | None = None
     device: Device = Device.AUTO
+    ema_length: float | None = None  # rebuilt, instead of the run's own
+    autoguidance: str | int | None = None  # `runs.guide`'s word for what guides the samples
+    features: str | None = None  # an ONNX file in place of the classifier fitted on the spot
+    features_output: str | None = None  # the name of its output; None: the first
 
 
 @dataclass(frozen=True)
@@ -62,66 +67,122 @@ def evaluate_run(
         CheckpointError: no model there, or it was trained on pictures given in Python and the
             run holds no copy of them.
         DataError: the pictures it was trained on are gone, and the run holds no copy.
-        ConfigError: a model file without data, or options out of range.
+        ConfigError: a model file without data, features that cannot be computed, or options out
+            of range.
     """
     path = Path(path)
-    model = load(path, options.weights, options.checkpoint)
-    runtime.move(model.net, runtime.choose_device(options.device))
-    real = real_pictures(path, model, options.data)
-    train, held_out = real.splits()
-    sampling = replace(options.sampling, num_images=sample_count(model, options.num_samples))
-    losses = _losses(model, real.known, (train, held_out), options, partial(progress, "losses"))
-    samples = _samples(model, sampling, partial(progress, "samples"))
+    subject = subject_of(path, options)
+    model, real, sampling = subject.model, subject.real, subject.sampling
+    losses = _losses(subject, options, partial(progress, "losses"))
+    samples = sampled(model, subject.weak, sampling, partial(progress, "samples"))
     quality = evaluation.sample_quality(
         evaluation.Split(samples, labels_in_turn(model, len(samples))),
-        train,
-        held_out,
+        subject.train,
+        subject.held_out,
         seed=sampling.seed,
+        features=subject.features,
         search=real.train.chunks(),
     )
     body = evaluation.summary(losses, quality)
-    body |= {"sampling": _described(sampling, model), "warnings": list(real.warnings)}
+    body |= {"sampling": described(subject, options), "warnings": list(real.warnings)}
     neighbours = _pairs(samples, real.train, quality)
     if path.is_dir():
         write_json(RunFolder(path).evaluation, body)
+        if body["levels"]:
+            figure = drawing.draw_levels(body["levels"], body["loss"]["values"])
+            drawing.save(figure, RunFolder(path).levels)
         if neighbours is not None:
             images.save_grid(neighbours, RunFolder(path).samples / "neighbours.png", columns=8)
     return Evaluated(body, samples, neighbours)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What every measurement of a model starts from."""
+
+    model: Model
+    weak: Model | None  # guides it
+    real: Real
+    train: evaluation.Split
+    held_out: evaluation.Split
+    features: evaluation.Features | None  # in place of those fitted to `train`
+    sampling: SampleConfig
+
+
+def subject_of(path: Path, options: EvaluateOptions) -> Subject:
+    """Load the model and the real pictures that the options name."""
+    model = load(path, options.weights, options.checkpoint, options.device, options.ema_length)
+    guiding = options.autoguidance
+    weak = None if guiding is None else guide(path, guiding, options.device)
+    real = real_pictures(path, model, options.data)
+    train, held_out = real.splits()
+    features = given_features(options, train)
+    sampling = replace(options.sampling, num_images=sample_count(model, options.num_samples))
+    return Subject(model, weak, real, train, held_out, features, sampling)
+
+
 def sample_count(model: Model, asked: int | None) -> int:
     """How many pictures to judge: as asked or by their size, and as many of every class."""
-    pixels = model.pictures.height * model.pictures.width
-    fitting = min(MOST_SAMPLES, max(FEWEST_SAMPLES, SAMPLED_PIXELS // pixels))
     classes = max(1, model.spec.classes)
-    return -(-(asked or fitting) // classes) * classes
+    count = asked or fitting_count(model.pictures.height, model.pictures.width)
+    return -(-count // classes) * classes
+
+
+def fitting_count(height: int, width: int) -> int:
+    """How many pictures of that size are judged where nobody says."""
+    return min(MOST_SAMPLES, max(FEWEST_SAMPLES, SAMPLED_PIXELS // (height * width)))
+
+
+def draws_of(options: EvaluateOptions, held_out: evaluation.Split) -> int:
+    """Of noise per held-out picture, as asked or by their size."""
+    fitting = DENOISED_VALUES // max(1, held_out.x0.numel())
+    return min(MOST_DRAWS, max(1, fitting)) if options.draws is None else options.draws
+
+
+def given_features(
+    options: EvaluateOptions, pictures: evaluation.Split
+) -> evaluation.Features | None:
+    """Those of the file that the options name."""
+    if options.features is None:
+        if options.features_output is not None:
+            raise ConfigError("features_output names an output of the file that features names")
+        return None
+    features = evaluation.onnx_features(options.features, options.features_output)
+    features(pictures.x0[:1])  # refused now rather than after all pictures were drawn
+    return features
 
 
 def _losses(
-    model: Model,
-    known: bool,
-    splits: tuple[evaluation.Split, evaluation.Split],
-    options: EvaluateOptions,
-    progress: Callable[[int, int], None],
+    subject: Subject, options: EvaluateOptions, progress: Callable[[int, int], None]
 ) -> evaluation.LevelReport:
-    train, held_out = splits
-    fitting = DENOISED_VALUES // max(1, held_out.x0.numel())
-    draws = min(MOST_DRAWS, max(1, fitting)) if options.draws is None else options.draws
+    model, train = subject.model, subject.train
     return evaluation.loss_by_level(
         model.denoiser,  # pyright: ignore[reportArgumentType] # its own protocol
         train,
-        held_out,
-        draws=draws,
+        subject.held_out,
+        draws=draws_of(options, subject.held_out),
         seed=options.sampling.seed,
-        known=known,
+        known=subject.real.known,
         labelled=model.spec.classes > 0 and train.label is not None,
-        null=model.spec.classes == 0 or model.spec.style.embedding.null,
+        null=takes_null(model),
         device=next(model.net.parameters()).device,
         progress=progress,
     )
 
 
-def _samples(model: Model, config: SampleConfig, progress: Callable[[int, int], None]) -> Tensor:
+def takes_null(model: Model) -> bool:
+    """Whether it may be called without label."""
+    return model.spec.classes == 0 or model.spec.style.embedding.null
+
+
+def sampled(
+    model: Model,
+    weak: Model | None,
+    config: SampleConfig,
+    progress: Callable[[int, int], None],
+    sampler: str | None = None,
+) -> Tensor:
+    """`config.num_images` pictures, of all classes in turn, by `sampler` or the configured one."""
     count, done = config.num_images, 0
     total = -(-count // config.batch_size) * config.num_inference_steps
 
@@ -134,9 +195,11 @@ def _samples(model: Model, config: SampleConfig, progress: Callable[[int, int], 
         model,
         count,
         seed=config.seed,
-        sampler=config.sampler.value,
+        sampler=sampler or config.sampler.value,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
+        weak=weak,
         batch_size=config.batch_size,
         mixed_precision=config.mixed_precision,
         torch_compile=config.torch_compile,
@@ -144,14 +207,26 @@ def _samples(model: Model, config: SampleConfig, progress: Callable[[int, int], 
     )
 
 
-def _described(config: SampleConfig, model: Model) -> dict[str, Any]:
+def described(subject: Subject, options: EvaluateOptions) -> dict[str, Any]:
+    """How the pictures were made, and what made them, for JSON."""
+    trained = subject.model.trained
+    return sampling_settings(subject.sampling) | {
+        "ema_length": trained.get("ema_length"),
+        "trained_steps": trained.get("steps"),
+        "autoguidance": options.autoguidance,
+    }
+
+
+def sampling_settings(config: SampleConfig) -> dict[str, Any]:
+    """What decides the samples of a model."""
     return {
         "num_samples": config.num_images,
         "sampler": config.sampler.value,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
+        "guidance_low": config.guidance_low,
+        "guidance_high": config.guidance_high,
         "seed": config.seed,
-        "trained_steps": model.trained.get("steps"),
     }
 
 

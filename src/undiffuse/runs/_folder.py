@@ -1,7 +1,8 @@
 """The run folder: a public format, written so that no crash leaves a torn file.
 
 config.json  run.json  metrics.jsonl  log.txt  skipped.txt  model.safetensors
-samples/  checkpoints/step_00001500/  cache/  evaluation.json  report.html
+samples/  checkpoints/step_00001500/  ema/  cache/  evaluation.json  levels.png
+pareto.json  pareto.png  report.html
 """
 
 import json
@@ -48,6 +49,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def averages(self) -> Path:
+        return self.path / "ema"
+
+    @property
     def cache(self) -> Path:
         return self.path / "cache"
 
@@ -58,6 +63,14 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def levels(self) -> Path:
+        return self.path / "levels.png"
+
+    @property
+    def pareto(self) -> Path:
+        return self.path / "pareto.json"
 
     @property
     def report(self) -> Path:

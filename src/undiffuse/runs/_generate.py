@@ -1,5 +1,6 @@
 """From a model to pictures."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,14 +12,15 @@ from torch import Tensor
 from undiffuse import runtime
 from undiffuse.checkpoint import Model
 from undiffuse.config import Precision
-from undiffuse.denoiser import Denoiser
+from undiffuse.denoiser import Denoiser, KarrasPrecond
 from undiffuse.errors import ConfigError
-from undiffuse.guidance import Denoise, classifier_free, clipped, guided, with_label
-from undiffuse.noise import NoiseLevel, Stream, keyed_normal, levels
+from undiffuse.guidance import Denoise, classifier_free, clipped, guided, with_label, within
+from undiffuse.noise import LeadIn, NoiseLevel, Stream, keyed_normal, levels
 from undiffuse.runs._load import choice
 from undiffuse.sampling import SAMPLERS, Sampler, Step, start
 
 OnStep = Callable[[Step], None]
+EVERYWHERE = (0.0, math.inf)  # all noise levels sigma / alpha
 
 
 @torch.no_grad()
@@ -31,6 +33,7 @@ def generate(
     sampler: Sampler | str = "dpmpp_2m",
     num_inference_steps: int = 20,
     guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = EVERYWHERE,
     weak: Model | None = None,
     batch_size: int = 64,
     mixed_precision: Precision | str = Precision.AUTO,
@@ -46,6 +49,8 @@ def generate(
         label: class per picture; None takes all classes in turn.
         sampler: one of `sampling.SAMPLERS` by name, or any function of that kind.
         guidance_scale: weak + scale * (strong - weak); 1 is no guidance.
+        guidance_interval: lowest and highest sigma / alpha at which to guide (2404.07724);
+            elsewhere the weak model is not evaluated.
         weak: a less trained model of the same pictures, for autoguidance (2406.02507); None uses
             the model's own "no class" (2207.12598).
         mixed_precision: "auto" takes bfloat16 inside wide networks where the machine is fast at it
@@ -54,23 +59,27 @@ def generate(
         on_step: called after every step of every batch, for progress bars and films.
 
     Raises:
-        ConfigError: a label, scale or sampler that this model cannot use.
+        ConfigError: a label, scale, interval or sampler that this model cannot use.
     """
     if count < 1 or batch_size < 1:
         raise ConfigError(f"count and batch_size must be at least 1; got {count}, {batch_size}")
     if weak is not None:
         _check_weak(model, weak)
+    _check_interval(*guidance_interval)
     precision = choice("mixed_precision", Precision, mixed_precision)
-    quick = _quick(model, precision, torch_compile)
-    quick_weak = None if weak is None else _quick(weak, precision, torch_compile)
-    labels = _labels(model, label, count)
-    run = SAMPLERS[_known(sampler)] if isinstance(sampler, str) else sampler
-    grid = levels(model.denoiser.schedule, num_inference_steps)
+    quick = quick_denoiser(model, precision, torch_compile)
+    quick_weak = None if weak is None else quick_denoiser(weak, precision, torch_compile)
+    labels = checked_labels(model, label, count)
+    run = SAMPLERS[known_sampler(sampler)] if isinstance(sampler, str) else sampler
+    grid = levels(model.denoiser.schedule, num_inference_steps, spacing_of(model))
     batches = (range(i, min(i + batch_size, count)) for i in range(0, count, batch_size))
     made: list[Tensor] = []
     for positions in batches:
         part = None if labels is None else labels[positions.start : positions.stop]
-        denoise = _denoise(model, quick, part, guidance_scale, quick_weak)
+        denoise = denoise_function(model, quick, part, guidance_scale, quick_weak)
+        if guidance_interval != EVERYWHERE:
+            plain = denoise_function(model, quick, part, 1.0)
+            denoise = within(denoise, plain, *guidance_interval)
         for step in _steps(model, run, denoise, positions, seed, grid):
             on_step(step)
             last = step.x
@@ -118,7 +127,7 @@ def _parse_label(model: Model, word: str) -> int:
     raise ConfigError(f"class_label {word!r} is not one of: {known}")
 
 
-def _labels(
+def checked_labels(
     model: Model, label: Tensor | Sequence[int] | None, count: int
 ) -> Int[Tensor, "n"] | None:
     if label is None:
@@ -146,20 +155,39 @@ def _check_weak(model: Model, weak: Model) -> None:
             )
 
 
-def _known(sampler: str) -> str:
+def _check_interval(low: float, high: float) -> None:
+    if not 0.0 <= low <= high:
+        raise ConfigError(
+            f"guidance_interval must be two noise levels sigma/alpha, the lower one first; got"
+            f" {low:g}, {high:g}"
+        )
+
+
+def known_sampler(sampler: str) -> str:
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler {sampler!r} is not one of: {', '.join(SAMPLERS)}")
     return sampler
 
 
-def _quick(model: Model, precision: Precision, torch_compile: bool) -> Denoiser:
+def spacing_of(model: Model) -> LeadIn:
+    """Levels for pictures of this size and spread; 0.5 is usual for values in [-1, 1]."""
+    prediction, pictures = model.denoiser.prediction, model.pictures
+    spread = prediction.sigma_data if isinstance(prediction, KarrasPrecond) else 0.5
+    return LeadIn(spread, pictures.channels * pictures.height * pictures.width)
+
+
+def quick_denoiser(model: Model, precision: Precision, torch_compile: bool) -> Denoiser:
     """The model's denoiser on the fastest path: once per call, since it keeps packed weights."""
     chosen = runtime.choose(model.net, precision, torch_compile)
     return replace(model.denoiser, net=runtime.callable_net(model.net, chosen.path))
 
 
-def _denoise(
-    model: Model, denoiser: Denoiser, label: Tensor | None, scale: float, weak: Denoiser | None
+def denoise_function(
+    model: Model,
+    denoiser: Denoiser,
+    label: Tensor | None,
+    scale: float,
+    weak: Denoiser | None = None,
 ) -> Denoise:
     device = next(model.net.parameters()).device
     label = None if label is None else label.to(device)

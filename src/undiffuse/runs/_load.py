@@ -10,6 +10,7 @@ from undiffuse.checkpoint import Checkpoints, Model, load_model
 from undiffuse.config import Device, Weights
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.recipes import PRESETS
+from undiffuse.runs._averages import early, rebuilt
 
 ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
 
@@ -26,6 +27,7 @@ def load(
     weights: Weights | str = Weights.EMA,
     checkpoint: int | None = None,
     device: Device | str = Device.AUTO,
+    ema_length: float | None = None,
 ) -> Model:
     """A trained model, ready for `generate(model, 16)`.
 
@@ -34,24 +36,83 @@ def load(
         weights: "ema", the average, or "raw", the last update; raw needs a checkpoint.
         checkpoint: the step to load, instead of the finished model or the newest.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "mps".
+        ema_length: of the average, rebuilt as `averaged` does; `checkpoint` is its step then.
 
     Raises:
         CheckpointError: nothing is there, or it is damaged; the message says what is whole.
+        ConfigError: a choice that is not there to be made.
     """
     where = runtime.choose_device(choice("device", Device, device))
-    model = _read(Path(path), choice("weights", Weights, weights), checkpoint)
+    wanted = choice("weights", Weights, weights)
+    model = _read(Path(path), wanted, checkpoint, ema_length)
     runtime.move(model.net, where)
     return model
 
 
-def _read(path: Path, wanted: Weights, checkpoint: int | None) -> Model:
-    if path.is_dir():
-        return _from_run(path, wanted, checkpoint)
+def averaged(
+    path: str | Path,
+    length: float,
+    step: int | None = None,
+    device: Device | str = Device.AUTO,
+) -> Model:
+    """The average of a run's weights of any length, from those that it has kept (post-hoc EMA).
+
+    Karras et al. 2023, 2312.02696, section 3.2. A length that was kept comes back bit for bit.
+
+    Args:
+        path: a run folder.
+        length: sigma_rel, the profile's deviation as a share of the steps, in [0.005, 0.25].
+        step: one at which averages were kept, as if the run had ended there; None for the last.
+
+    Raises:
+        CheckpointError: no run is there, or it has kept no averages, or none of that step.
+        ConfigError: what was kept does not reach so far; the message says which lengths it does.
+    """
+    return load(path, checkpoint=step, device=device, ema_length=length)
+
+
+def guide(
+    run: str | Path, which: str | Path | int = "early", device: Device | str = Device.AUTO
+) -> Model:
+    """A weaker model to guide a run's own with: `generate(weak=...)`, autoguidance (2406.02507).
+
+    Args:
+        run: the folder of the run that is to be guided.
+        which: "early", its longest average of an eighth of the steps; a step, that of this step;
+            or the path of another run or model.
+
+    Raises:
+        CheckpointError: nothing is there, or the run has kept no averages, or none of that step.
+    """
+    if isinstance(which, Path) or (isinstance(which, str) and which != "early"):
+        return load(which, device=device)
+    path = Path(run)
     if not path.exists():
         raise CheckpointError(missing_run(path))
-    if wanted is Weights.RAW or checkpoint is not None:
-        raise ConfigError(f"weights and checkpoint choose within a run folder; {path} is a file")
-    return load_model(path)
+    if not path.is_dir():
+        raise _not_a_run("autoguidance early and of a step", path)
+    where = runtime.choose_device(choice("device", Device, device))
+    model = early(path, None if isinstance(which, str) else which)
+    runtime.move(model.net, where)
+    return model
+
+
+def _read(path: Path, wanted: Weights, checkpoint: int | None, length: float | None) -> Model:
+    if not path.exists():
+        raise CheckpointError(missing_run(path))
+    if not path.is_dir():
+        if wanted is Weights.RAW or checkpoint is not None or length is not None:
+            raise _not_a_run("weights, checkpoint and ema_length", path)
+        return load_model(path)
+    if length is None:
+        return _from_run(path, wanted, checkpoint)
+    if wanted is Weights.RAW:
+        raise ConfigError(f"ema_length {length:g} is of an average, and weights raw is none")
+    return rebuilt(path, length, checkpoint)
+
+
+def _not_a_run(names: str, path: Path) -> ConfigError:
+    return ConfigError(f"{names} choose within a run folder; {path} is a file")
 
 
 def missing_run(path: Path) -> str:

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 from undiffuse import images
+from undiffuse.augmentation import Augment
 from undiffuse.checkpoint import Loaded, Model
 from undiffuse.config import BetaSchedule, ModelConfig, PredictionType
 from undiffuse.denoiser import (
     Epsilon,
     FlowVelocity,
+    HighNoise,
     KarrasPrecond,
     LevelSampling,
     LogNormal,
@@ -16,6 +18,7 @@ from undiffuse.denoiser import (
     Prediction,
     Sample,
     Velocity,
+    Weighting,
     uniform_t,
     unweighted,
 )
@@ -41,6 +44,9 @@ USUAL = {
     BetaSchedule.SIGMOID: PredictionType.V_PREDICTION,  # denoising-diffusion-pytorch
     BetaSchedule.FLOW: PredictionType.FLOW,
 }
+
+
+SPREAD = 0.5  # of pictures, where the prediction type does not know theirs
 
 
 def settled(config: ModelConfig, initial: Model | None) -> ModelConfig:
@@ -134,10 +140,31 @@ def _spread(data: images.Dataset, most: int = 2048) -> float:
 
 
 def recipe_of(
-    config: ModelConfig, schedule: Schedule, prediction: Prediction, spec: UNetSpec
+    config: ModelConfig,
+    schedule: Schedule,
+    prediction: Prediction,
+    spec: UNetSpec,
+    augment: float = 0.0,
 ) -> Recipe:
-    weighting = MinSnr(prediction, config.snr_gamma) if config.snr_gamma else unweighted
-    return Recipe(schedule, _level_sampling(config, schedule), weighting, spec.classes)
+    """`augment` is the probability of each transformation."""
+    weighting = _weighting(config, prediction)
+    levels = _level_sampling(config, schedule)
+    transforms = Augment(augment) if augment else None
+    return Recipe(schedule, levels, weighting, spec.classes, transforms)
+
+
+def _weighting(config: ModelConfig, prediction: Prediction) -> Weighting:
+    if config.snr_gamma and config.high_noise_weight:
+        raise ConfigError(
+            f"high_noise_weight {config.high_noise_weight:g} and snr_gamma {config.snr_gamma:g}"
+            " weight the loss against each other; leave one out"
+        )
+    if config.snr_gamma:
+        return MinSnr(prediction, config.snr_gamma)
+    if config.high_noise_weight:
+        spread = prediction.sigma_data if isinstance(prediction, KarrasPrecond) else SPREAD
+        return HighNoise(spread, config.high_noise_weight)
+    return unweighted
 
 
 def _level_sampling(config: ModelConfig, schedule: Schedule) -> LevelSampling:

@@ -1,5 +1,6 @@
 """Everything that is settled, and refused, before a run writes its first file."""
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from undiffuse import cost, images, kernels, runtime
+from undiffuse.augmentation import PARAMETERS
 from undiffuse.checkpoint import Checkpoints, Loaded, Model, Pictures
 from undiffuse.config import (
+    RECIPES,
     DataConfig,
     ModelConfig,
     Precision,
     RunConfig,
+    TrainConfig,
     flatten,
     override,
 )
@@ -24,9 +28,11 @@ from undiffuse.denoiser import Denoiser
 from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError
 from undiffuse.noise import Stream, keyed, keyed_uniform, order
 from undiffuse.recipes import PRESETS, preset
+from undiffuse.runs import _averages
 from undiffuse.runs._folder import RunFolder, check_writable, read_json
 from undiffuse.runs._load import load
 from undiffuse.runs._meaning import meaning, meaning_notes, recipe_of, settled
+from undiffuse.runs._targets import stable_targets
 from undiffuse.spec import UNetSpec
 from undiffuse.training import Recipe, Source
 from undiffuse.unet import UNet
@@ -48,11 +54,19 @@ FIXED = (
     "prediction_type",
     "beta_schedule",
     "num_train_timesteps",
+    "ema_length",
+    "ema_second_length",
 )
 
 
 # What a run settles by itself where nobody names it; a resumed run keeps it.
-SETTLED = ("preset", "prediction_type", "beta_schedule", "gradient_accumulation_steps")
+SETTLED = (
+    "preset",
+    "prediction_type",
+    "beta_schedule",
+    "gradient_accumulation_steps",
+    "ema_second_length",
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,13 @@ class Plan:
         left = max(0, self.config.train.max_train_steps - self.first_step)
         return left * self.step_seconds
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """What the averages that the remaining steps keep will take on the disk, roughly."""
+        times = sum(step > self.first_step for step in _averages.snapshot_steps(self.config))
+        each = 4 * cost.total_parameters(self.spec)
+        return times * len(_averages.lengths_of(self.config)) * each
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -136,6 +157,9 @@ def gather(request: Request) -> Gathered:
     wanted = request.config if resumed is None else _filled(request.config, resumed)
     config, spec = _settle(wanted, data, initial, resumed)
     config, recompute = _fit_memory(spec, config, data.train.size, device)
+    room = _has_room(spec, config, data.train.size, device, recompute)
+    config, told = _averages.settled(config, resumed, room)
+    notes += told
     if config.train.parts > wanted.train.parts:
         notes += (_parts_note(config),)
     if recompute and not config.runtime.gradient_checkpointing:
@@ -157,7 +181,9 @@ def make_plan(gathered: Gathered) -> Plan:
         data=data,
         net=net,
         denoiser=Denoiser(net, schedule, prediction),
-        recipe=recipe_of(config.model, schedule, prediction, spec),
+        recipe=_with_targets(
+            recipe_of(config.model, schedule, prediction, spec, config.train.augment), config, data
+        ),
         pictures=_pictures(data, spec),
         runtime=chosen,
         recompute=gathered.recompute,
@@ -165,6 +191,12 @@ def make_plan(gathered: Gathered) -> Plan:
         resumed=resumed,
         notes=(*gathered.notes, *meaning_notes(gathered.initial, schedule, prediction)),
     )
+
+
+def _with_targets(recipe: Recipe, config: RunConfig, data: images.Data) -> Recipe:
+    if not config.train.stable_targets:
+        return recipe
+    return replace(recipe, aim=stable_targets(data.train, recipe.classes))
 
 
 def _parts_note(config: RunConfig) -> str:
@@ -207,7 +239,7 @@ def resumed_config(run: Path, stored: RunConfig, changes: Mapping[str, object]) 
 
 def _check_fixed(run: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     for name in FIXED:
-        if before.get(name) != after[name]:
+        if before.get(name, after[name]) != after[name]:  # an older run may lack it
             raise CheckpointError(
                 f"{name} is {after[name]} here, {before.get(name)} in {run};"
                 " a changed model is a new run: drop --resume-from-checkpoint"
@@ -337,15 +369,15 @@ def _settle(
     config: RunConfig, data: images.Data, initial: Model | None, resumed: Loaded | None
 ) -> tuple[RunConfig, UNetSpec]:
     """Settle the preset, which the pictures' size decides where nobody named one."""
-    classes = _classes(config.model, data)
+    classes, told = _classes(config.model, data), _told(config.train)
     if resumed is not None:
-        name, spec = config.model.preset, _resumed_spec(resumed, data, classes)
+        name, spec = config.model.preset, _resumed_spec(resumed, data, classes, told)
     elif initial is not None:
-        spec = _initial_spec(initial, data, classes)
+        spec = _initial_spec(initial, data, classes, told)
         name = _name_of(spec, config.model)
     else:
         name = _preset_name(config.model, data.train.size)
-        spec = preset(name, data.train.channels, classes)
+        spec = preset(name, data.train.channels, classes, augment=told)
     model = config.model if resumed is not None else settled(config.model, initial)
     named = replace(config, model=replace(model, preset=name))
     return named, replace(spec, style=replace(spec.style, dropout=config.model.dropout))
@@ -357,12 +389,26 @@ def _preset_name(config: ModelConfig, size: tuple[int, int]) -> str:
 
 def _refuse_early(config: RunConfig, device: torch.device) -> None:
     """What would fail for any pictures of this size, before they are decoded."""
+    _check_preset(config.model.preset)
     settled(config.model, None)
-    size = config.data.resolution
+    size, told = config.data.resolution, _told(config.train)
     if size is not None:
-        _fit_memory(preset(_preset_name(config.model, size), 1), config, size, device)
+        spec = preset(_preset_name(config.model, size), 1, augment=told)
+        _fit_memory(spec, config, size, device)
     elif config.model.preset is not None:
-        preset(config.model.preset)
+        preset(config.model.preset, augment=told)
+
+
+def _check_preset(name: str | None) -> None:
+    """Recipes have been spelled out by now; here they are only suggested."""
+    if name is None or name in PRESETS:
+        return
+    near = difflib.get_close_matches(name, [*PRESETS, *RECIPES], 1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"no preset is called {name!r}. {hint}There are networks: {', '.join(PRESETS)};"
+        f" and whole recipes: {', '.join(RECIPES)}"
+    )
 
 
 def _classes(config: ModelConfig, data: images.Data) -> int:
@@ -370,7 +416,12 @@ def _classes(config: ModelConfig, data: images.Data) -> int:
     return len(data.train.class_names) if labelled else 0
 
 
-def _resumed_spec(resumed: Loaded, data: images.Data, classes: int) -> UNetSpec:
+def _told(config: TrainConfig) -> int:
+    """How many numbers the network must hear of what is done to the pictures."""
+    return PARAMETERS if config.augment else 0
+
+
+def _resumed_spec(resumed: Loaded, data: images.Data, classes: int, told: int) -> UNetSpec:
     """The checkpoint's own network: --init-from may have brought one that no preset names."""
     spec, before = resumed.header.spec, resumed.header.pictures
     was = (before.channels, before.height, before.width, spec.classes)
@@ -379,6 +430,11 @@ def _resumed_spec(resumed: Loaded, data: images.Data, classes: int) -> UNetSpec:
         raise CheckpointError(
             f"pictures are {now} (channels, height, width, classes) here, {was} in step"
             f" {resumed.step}; a changed model is a new run: drop --resume-from-checkpoint"
+        )
+    if told and spec.augment != told:
+        raise CheckpointError(
+            f"augment is above 0 here, but the network of step {resumed.step} is not told of it;"
+            " a changed model is a new run: drop --resume-from-checkpoint"
         )
     return spec
 
@@ -389,7 +445,7 @@ def _name_of(spec: UNetSpec, config: ModelConfig) -> str | None:
     Raises:
         ConfigError: another one was asked for.
     """
-    plain = spec.with_classes(0, null=False)
+    plain = spec.with_classes(0, null=False).with_augment(0)
     plain = replace(plain, style=replace(plain.style, dropout=0.0))
     same = (name for name in PRESETS if preset(name, spec.in_channels) == plain)
     found = next(same, None)
@@ -401,13 +457,20 @@ def _name_of(spec: UNetSpec, config: ModelConfig) -> str | None:
     return found
 
 
-def _initial_spec(initial: Model, data: images.Data, classes: int) -> UNetSpec:
+def _initial_spec(initial: Model, data: images.Data, classes: int, told: int) -> UNetSpec:
+    """What it hears of augmentation it keeps, used or not."""
     if initial.spec.in_channels != data.train.channels:
         raise ConfigError(
             f"init_from has {initial.spec.in_channels} channels, the pictures have"
             f" {data.train.channels}; pass --channels {initial.spec.in_channels}"
         )
-    return initial.spec.with_classes(classes, null=classes > 0)
+    before = initial.spec.augment
+    if told and before not in (0, told):
+        raise ConfigError(
+            f"init_from is told {before} numbers of each transformation, these are {told};"
+            " leave --augment out"
+        )
+    return initial.spec.with_classes(classes, null=classes > 0).with_augment(before or told)
 
 
 def _fit_memory(
@@ -444,6 +507,19 @@ def _fit_memory(
     return replace(config, train=one), again
 
 
+def _has_room(
+    spec: UNetSpec,
+    config: RunConfig,
+    size: tuple[int, int],
+    device: torch.device,
+    again: tuple[str, ...],
+) -> bool:
+    """Whether a second average fits beside all else; the estimate has neither in it."""
+    need = cost.training_bytes(spec, *size, config.train.part_size, again)
+    have = runtime.memory(device) or math.inf
+    return need + 8 * cost.total_parameters(spec) < MEMORY_SHARE * have
+
+
 def _too_large(
     config: RunConfig, size: tuple[int, int], parts: int, need: float, have: float
 ) -> ResourceError:
@@ -463,10 +539,14 @@ def _build(spec: UNetSpec, seed: int, initial: Model | None) -> UNet:
     if initial is not None:
         kept = dict(initial.net.state_dict())
         same = spec.style.embedding == initial.spec.style.embedding
-        if not same:  # another label table: its rows start afresh
+        if not _same_labels(spec, initial.spec):  # another table: its rows start afresh
             kept = {k: v for k, v in kept.items() if not k.startswith("embedding.labels")}
         net.load_state_dict(kept, strict=same)
     return net
+
+
+def _same_labels(one: UNetSpec, other: UNetSpec) -> bool:
+    return one.with_augment(0).style.embedding == other.with_augment(0).style.embedding
 
 
 def _choose_runtime(gathered: Gathered, net: UNet) -> runtime.Runtime:

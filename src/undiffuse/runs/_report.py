@@ -38,9 +38,7 @@ def write_report(run: str | Path, output: Path | None = None) -> Path:
         film=_bytes(folder.samples / "film.webp"),
         grids=_grids(folder),
         loss_svg=_loss_svg(records),
-        levels_svg=drawing.to_svg(drawing.draw_levels(body["levels"]))
-        if body.get("levels")
-        else None,
+        levels_svg=_levels_svg(body),
         unet_svg=_unet_svg(model),
         evaluation=body,
         neighbours_png=_bytes(folder.samples / "neighbours.png"),
@@ -99,6 +97,11 @@ def _unet_svg(model: Model) -> str:
 
 def _loss_svg(records: list[dict[str, Any]]) -> str | None:
     return drawing.to_svg(drawing.draw_losses(records)) if records else None
+
+
+def _levels_svg(body: dict[str, Any]) -> str | None:
+    levels, values = body.get("levels"), body.get("loss", {}).get("values")
+    return drawing.to_svg(drawing.draw_levels(levels, values)) if levels else None
 
 
 def _grids(folder: RunFolder) -> list[tuple[int, bytes]]:

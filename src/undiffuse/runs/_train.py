@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from undiffuse import images, kernels, runtime
-from undiffuse.checkpoint import Checkpoints, Model, RunLock, Snapshot, save_model
+from undiffuse.checkpoint import Averages, Checkpoints, Model, RunLock, Snapshot, save_model
 from undiffuse.config import RunConfig, Tracker, flatten, override
 from undiffuse.errors import ConfigError, ResourceError
+from undiffuse.runs._averages import snapshot_steps
 from undiffuse.runs._folder import (
     RunFolder,
     append_line,
@@ -144,6 +145,8 @@ def fit(
     with tempfile.TemporaryDirectory(prefix="undiffuse-") as folder:
         run = Path(folder) / "run" if output_dir is None else Path(output_dir)
         before = RunConfig() if resume is None else stored_config(run)
+        if output_dir is None:  # nobody could go back to them
+            settings = {"ema_snapshots": 0, **settings}
         config = override(before, {**settings, "data": str(data) if named else IN_PYTHON})
         step = None if resume is None else str(resume)
         for event in training_run(Request(config, run, None if named else data, step)):
@@ -204,6 +207,7 @@ class _Run:
     plan: Plan
     state: TrainState = field(init=False)
     checkpoints: Checkpoints = field(init=False)
+    averages: Averages = field(init=False)
     run_id: str = field(init=False)
     losses: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     began: float = field(default_factory=time.monotonic)
@@ -221,6 +225,7 @@ class _Run:
         )
         log = plan.config.log
         self.checkpoints = Checkpoints(plan.folder.checkpoints, log.checkpoints_total_limit)
+        self.averages = Averages(plan.folder.averages)
         self.run_id = uuid.uuid4().hex
         if plan.resumed is not None:
             self.state.restore(plan.resumed.tensors, counters_of(plan.resumed))
@@ -241,6 +246,9 @@ class _Run:
         log, step = self.plan.config.log, report.step
         last = step == self.plan.config.train.max_train_steps
         record: dict[str, Any] = {}
+        # First of all: what goes on from a checkpoint of this step will not come here again.
+        if step in snapshot_steps(self.plan.config):
+            yield from self._try_keep()
         if step % log.checkpointing_steps == 0 and not last:
             yield from self._try_save()
         if step % log.sample_every == 0 or last:
@@ -274,6 +282,17 @@ class _Run:
         except ResourceError as error:
             append_line(self.plan.folder.log, str(error))
             yield Note(f"checkpoint of step {self.state.step} not written: {error}")
+
+    def _try_keep(self) -> Iterator[Event]:
+        """The averages, each as a model file; a full disk costs them, not the run."""
+        state, train = self.state, self.plan.config.train
+        try:
+            self.averages.save(self.model())
+            if train.second_length is not None:
+                self.averages.save(self._model(state.ema, train.second_length), state.second)
+        except ResourceError as error:
+            append_line(self.plan.folder.log, str(error))
+            yield Note(f"averages of step {state.step} not kept: {error}")
 
     def _validate(self, record: dict[str, Any]) -> Validated:
         plan, step = self.plan, self.state.step
@@ -323,14 +342,14 @@ class _Run:
 
     def model(self) -> Model:
         """The averaged weights as a finished model."""
-        return self._model(self.state.ema)
+        return self._model(self.state.ema, self.plan.config.train.ema_length)
 
-    def _model(self, net: nn.Module) -> Model:
+    def _model(self, net: nn.Module, ema_length: float) -> Model:
         plan, step = self.plan, self.state.step
         trained = {
             "steps": step,
             "images_seen": step * plan.config.train.train_batch_size,
-            "ema_length": plan.config.train.ema_length,
+            "ema_length": ema_length,
             "seed": plan.config.train.seed,
             "data": plan.data.source,
             "data_fingerprint": plan.data.fingerprint,
@@ -347,12 +366,13 @@ class _Run:
             "environment": environment(),
         }
         tensors = self.state.tensors()
-        return Snapshot(self.state.step, tensors, self._model(self.state.net), state, self.run_id)
+        return Snapshot(self.state.step, tensors, self.model(), state, self.run_id)
 
     def _write_start(self) -> None:
         plan, folder = self.plan, self.plan.folder
         self.checkpoints.clean()
         self.checkpoints.rewind(plan.first_step)
+        self.averages.set_aside(plan.first_step)
         if plan.first_step < plan.config.train.max_train_steps:
             folder.set_aside(plan.first_step)
         save_config(folder, plan.config)

@@ -1,0 +1,240 @@
+"""`docs/quality.md` and its charts, from the results alone: `python -m quality.page`.
+
+Of every name and seed the newest line counts. The same results give the same bytes. `notes.md`
+beside this file is written by hand and included as it stands.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from quality.harness import read
+from undiffuse import drawing
+
+HERE = Path(__file__).resolve().parent
+Line = Mapping[str, Any]
+Group = Sequence[Line]  # one name, one line per seed
+
+HEAD = """# Quality, measured
+
+What the networks reach, each number beside what it is held against. `make quality` measures
+everything (hours; it goes on where it was interrupted) and adds to `quality/results`,
+`make quality-quick` prints the headline figures for one seed in less than ten minutes on two cores,
+and `python -m quality.page` draws this page.
+
+Every number is a mean over seeds, with the smallest and the largest behind it; a target *holds* if
+every seed reaches it.
+"""
+NOTHING = "No results yet: `make quality` makes them.\n"
+LOOK: Any = {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "path"}
+COLOURS = ("#2f6db3", "#d9731a", "#3c8d40")
+INK, GRID = "#20262e", "#e3e7ec"
+TITLES = {
+    "bits": "Bits per dimension on Gaussian data",
+    "digits-demo": "The demo's preset on digits",
+    "digits-best": "`--preset digits-best`",
+    "field": "Gaussian random fields",
+}
+
+
+def write_page(results: Path, docs: Path, notes: Path) -> Path:
+    """Draw the page and its charts; returns the page."""
+    groups = grouped([line for file in sorted(results.glob("*.jsonl")) for line in read(file)])
+    charts = docs / "images" / "quality"
+    parts = [HEAD]
+    if not groups:
+        parts.append(NOTHING)
+    else:
+        parts += _sections(groups, charts)
+    if notes.exists():
+        parts.append(notes.read_text(encoding="utf-8"))
+    page = docs / "quality.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page
+
+
+def grouped(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """The newest line of every name and seed, by name, in the order of first appearance."""
+    newest: dict[str, dict[int, Line]] = {}
+    for line in lines:
+        newest.setdefault(line["name"], {})[line["seed"]] = line
+    return {name: [by[seed] for seed in sorted(by)] for name, by in newest.items()}
+
+
+def _sections(groups: Mapping[str, Group], charts: Path) -> Iterator[str]:
+    yield _machines(groups)
+    for prefix, title in TITLES.items():
+        chosen = {n: g for n, g in groups.items() if n.split("/")[0] == prefix}
+        if not chosen:
+            continue
+        yield f"## {title}\n"
+        figure = fields_chart(chosen) if prefix == "field" else losses_chart(chosen)
+        if figure is not None:
+            charts.mkdir(parents=True, exist_ok=True)
+            drawing.save(figure, charts / f"{prefix}.svg")
+            yield f"![{title}](images/quality/{prefix}.svg)\n"
+        yield _table(chosen)
+    for ground in ("digits", "photos"):
+        start = f"ablation/{ground}/"
+        chosen = {n: g for n, g in groups.items() if n.startswith(start)}
+        if chosen:
+            yield f"## One change at a time: {ground}\n"
+            yield _ablation({name.removeprefix(start): g for name, g in chosen.items()})
+
+
+def _machines(groups: Mapping[str, Group]) -> str:
+    lines = [line for group in groups.values() for line in group]
+    machines = dict.fromkeys(
+        f"{m['cpu']}, {m['threads']} threads" for m in (x["machine"] for x in lines)
+    )
+    commits = dict.fromkeys(line["commit"] for line in lines if line["commit"])
+    torch = dict.fromkeys(line["versions"]["torch"] for line in lines)
+    return f"{'; '.join(machines)}. torch {', '.join(torch)}. Commit {', '.join(commits)}.\n"
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def _table(groups: Mapping[str, Group]) -> str:
+    head = ("figure", "mean", "from … to", "seeds", "floor or limit", "target", "holds")
+    return _markdown([head, *(_row(name, group) for name, group in groups.items())])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in lines)
+
+
+def _row(name: str, group: Group) -> tuple[str, ...]:
+    values = [line["value"] for line in group]
+    beside = next((group[0][k] for k in ("floor", "limit") if group[0][k] is not None), None)
+    unit = f" {group[0]['unit']}" if group[0]["unit"] else ""
+    return (
+        f"`{name}`{unit and ':'}{unit}",
+        _mean(values),
+        _range(values),
+        str(len(values)),
+        "" if beside is None else _number(beside),
+        group[0]["target"].replace("<=", "≤").replace(">=", "≥"),
+        _verdict(group),
+    )
+
+
+def _verdict(group: Group) -> str:
+    held = [line["holds"] for line in group]
+    if held[0] is None:
+        return ""
+    return "yes" if all(held) else f"**no** ({sum(map(bool, held))} of {len(held)})"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return "not finite" if len(known) < len(values) else _number(statistics.fmean(known))
+
+
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{_number(min(known))} … {_number(max(known))}" if len(known) > 1 else ""
+
+
+def _number(value: float) -> str:
+    """Three digits, never an exponent."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def _ablation(groups: Mapping[str, Group]) -> str:
+    """A row per change, a column per measure; the difference to the base where both have seeds."""
+    measures = ("nats", "class_accuracy", "frechet", "frechet_pca", "precision", "recall")
+    names = list(dict.fromkeys(name.rpartition("/")[0] for name in groups))
+    shown = [m for m in measures if any(f"{name}/{m}" in groups for name in names)]
+    rows = [("change", "seeds", *shown)]
+    for name in names:
+        cells = [_cell(groups, name, measure) for measure in shown]
+        seeds = max(len(groups.get(f"{name}/{m}", ())) for m in shown)
+        rows.append((name, str(seeds), *cells))
+    return _markdown(rows)
+
+
+def _cell(groups: Mapping[str, Group], name: str, measure: str) -> str:
+    group = groups.get(f"{name}/{measure}")
+    if group is None:
+        return ""
+    values = [line["value"] for line in group]
+    if len(values) < 2 or None in values:
+        return _mean(values)
+    return f"{_mean(values)} ± {_number(statistics.stdev(values))}"
+
+
+# --- charts -------------------------------------------------------------------------------------
+
+
+def fields_chart(groups: Mapping[str, Group]) -> Figure:
+    """Excess over the least possible error by noise level: a line per seed."""
+    with rc_context(LOOK):
+        figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+        for place, side in enumerate(("16", "32")):
+            axes = figure.add_subplot(1, 2, place + 1)
+            chosen = [n for n in groups if n.startswith(f"field/{side}/") and n.endswith("excess")]
+            for colour, name in zip(COLOURS, sorted(chosen), strict=False):
+                for number, line in enumerate(groups[name]):
+                    levels = line["detail"]["levels"]
+                    label = name.split("/")[2].replace("exponent", "exponent ")
+                    axes.plot(
+                        [row["ratio"] for row in levels],
+                        [row["percent"] for row in levels],
+                        color=colour,
+                        lw=1.2,
+                        label=None if number else label,
+                    )
+            axes.axhline(1.0, color=INK, lw=1, ls="--")
+            axes.set_xscale("log")
+            axes.set_title(f"{side} x {side}")
+            axes.set_xlabel("sigma")
+            axes.set_ylabel("excess over the exact optimum, %")
+            axes.grid(True, color=GRID)
+            if chosen:
+                axes.legend(frameon=False)
+        return figure
+
+
+def losses_chart(groups: Mapping[str, Group]) -> Figure | None:
+    """Held-out error against the best bar by noise level, with what is asked."""
+    chosen = {n: g for n, g in groups.items() if "/loss/" in n}
+    if not chosen:
+        return None
+    with rc_context(LOOK):
+        figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        ratios = [float(name.rpartition("/")[2]) for name in chosen]
+        for seed in range(max(len(group) for group in chosen.values())):
+            values = [group[min(seed, len(group) - 1)]["value"] for group in chosen.values()]
+            axes.plot(ratios, values, color=COLOURS[0], lw=1.2, label=None if seed else "seeds")
+        asked = [group[0]["bound"] for group in chosen.values()]
+        axes.step(ratios, asked, where="mid", color=INK, ls="--", lw=1, label="asked")
+        axes.axhline(0.0, color=GRID, lw=1)
+        axes.set_xscale("log")
+        axes.set_xlabel("sigma")
+        axes.set_ylabel("held-out error above the best bar, %")
+        axes.grid(True, color=GRID)
+        axes.legend(frameon=False)
+        return figure
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="draw docs/quality.md from the results")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    options = parser.parse_args(words)
+    print(f"wrote {write_page(options.results, options.docs, HERE / 'notes.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The measurements of quality: verdicts, resuming, and a page that follows from the results."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from quality import ablation, digits, fields, page, run
+from quality.harness import (
+    Finding,
+    Lab,
+    Side,
+    Task,
+    at_least,
+    at_most,
+    finished,
+    key_of,
+    line,
+    read,
+)
+from undiffuse import config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("finding", "holds"),
+    [
+        (at_most("a", 1.0, 1.0), True),
+        (at_most("a", 1.01, 1.0), False),
+        (at_least("a", 0.9, 0.9), True),
+        (at_least("a", 0.89, 0.9), False),
+        (at_most("a", math.nan, 1.0), False),
+        (at_least("a", math.nan, 1.0), False),
+        (Finding("a", 5.0), None),
+    ],
+)
+def test_a_finding_holds_on_the_right_side_of_its_bound(
+    finding: Finding, holds: bool | None
+) -> None:
+    assert finding.holds is holds
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 3
+
+
+def counted(log: list[int]) -> Task:
+    def job(lab: Lab, seed: int) -> Iterator[Finding]:
+        log.append(seed)
+        yield at_most("one/number", seed, 1)
+        yield Finding("one/other", 0.5, Side.SHOWN)
+
+    return Task("one", job, Settings(), seeds=(0, 1, 2))
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    log: list[int] = []
+    task, lab = counted(log), Lab(tmp_path / "kept")
+    verdicts = run.measured([task], lab, None, tmp_path)
+    assert log == [0, 1, 2]
+    assert verdicts == [True, True, False]
+    assert run.measured([task], lab, None, tmp_path) == []
+    assert log == [0, 1, 2]
+    (file,) = tmp_path.glob("*.jsonl")
+    last = [one for one in read(file) if one["name"] == "one/other"]
+    assert [one["seed"] for one in last] == [0, 1, 2]
+
+
+def test_a_task_that_broke_off_or_changed_is_not_finished(tmp_path: Path) -> None:
+    task = counted([])
+    found = at_most("one/number", 0.0, 1.0)
+    whole, half = ([line(task, 0, found, {"last": last})] for last in (True, False))
+    assert finished(whole, task, 0)
+    assert not finished(half, task, 0)
+    assert not finished(whole, task, 1)
+    changed = Task("one", task.run, Settings(steps=4))
+    assert not finished(whole, changed, 0)
+
+
+def test_lines_are_json_even_where_numbers_are_not_finite() -> None:
+    task = counted([])
+    body = line(task, 0, at_most("a", math.inf, 1.0, detail={"x": [math.nan, 1]}), {"last": True})
+    assert json.loads(json.dumps(body, allow_nan=False))["value"] is None
+    assert body["detail"]["x"] == [None, 1]
+    assert body["holds"] is False
+
+
+def test_every_task_has_a_name_and_a_key_of_its_own() -> None:
+    names = [task.name for task in run.TASKS]
+    assert len(set(names)) == len(names)
+    assert len({task.key for task in run.TASKS}) == len(names)
+
+
+def test_the_key_of_settings_is_the_same_in_every_process() -> None:
+    assert key_of(fields.FieldTraining(16, 2.0, 10, (1, 2))) == "KEY"
+
+
+def test_ablations_name_settings_that_exist() -> None:
+    for ground in ablation.GROUNDS:
+        for change in ground.changes:
+            config.override(config.RunConfig(), {**dict(ground.settings), **dict(change.training)})
+
+
+def test_the_judging_digits_are_not_in_the_ablation() -> None:
+    train, _ = digits.splits()
+    data = ablation.GROUNDS[0].data()
+    assert len(data.train) + len(data.held_out) == len(train)
+    seen = {row.tobytes() for row in (*data.train.pixels, *data.held_out.pixels)}
+    judging = {row.tobytes() for row in digits.raw_held_out()}
+    assert not seen & judging
+
+
+def test_the_page_follows_from_the_committed_results(tmp_path: Path) -> None:
+    made = page.write_page(ROOT / "quality" / "results", tmp_path, ROOT / "quality" / "notes.md")
+    assert made.read_bytes() == (ROOT / "docs" / "quality.md").read_bytes()
+
+
+def test_a_target_holds_only_if_every_seed_reaches_it(tmp_path: Path) -> None:
+    run.measured([counted([])], Lab(tmp_path), None, tmp_path)
+    (file,) = tmp_path.glob("*.jsonl")
+    text = page._table(page.grouped(read(file)))  # pyright: ignore[reportPrivateUsage]
+    assert "| 1.00 | 0.000 … 2.00 | 3 |" in text
+    assert "**no** (2 of 3)" in text
