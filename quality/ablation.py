@@ -11,6 +11,7 @@ better), and by what samples score.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 
 from quality.harness import Finding, Lab, Task
 from undiffuse import evaluation, images, runs
@@ -138,7 +139,7 @@ def findings(ground: Ground, change: Change, lab: Lab, seed: int) -> Iterator[Fi
             yield Finding(f"{name}/memorised", report.memorised, unit="share")
     options: dict[str, object] = dict(change.sampling)
     if change.early:
-        options["weak"] = runs.early(run)
+        options["weak"] = runs.guide(run, "early")
     made = runs.generate(model, SAMPLES, seed=seed, batch_size=250, **options)  # pyright: ignore[reportArgumentType] # options of generate
     samples = evaluation.Split(made, runs.labels_in_turn(model, SAMPLES))
     for figure in evaluation.sample_quality(samples, train, held_out).figures:
@@ -150,7 +151,7 @@ def _some(data: images.Dataset) -> evaluation.Split:
     return evaluation.Split(*data.fixed(2000))
 
 
-def _model(ground: Ground, change: Change, lab: Lab, seed: int) -> tuple[object, Model]:
+def _model(ground: Ground, change: Change, lab: Lab, seed: int) -> tuple[Path, Model]:
     """Trained, or taken from where it is kept; a training that was stopped goes on."""
     settings: Mapping[str, object] = {**dict(ground.settings), **dict(change.training)}
     run = lab.folder(f"ablation-{ground.name}", sorted(settings.items(), key=str), seed)
@@ -160,7 +161,10 @@ def _model(ground: Ground, change: Change, lab: Lab, seed: int) -> tuple[object,
     steps = int(str(settings["max_train_steps"]))
     quiet = {"sample_every": steps, "checkpointing_steps": steps}
     model = runs.fit(
-        ground.data(), output_dir=run, resume=resume, seed=seed, **{**settings, **quiet}
+        ground.data(),
+        output_dir=run,
+        resume=resume,
+        **{**settings, **quiet, "seed": seed},  # pyright: ignore[reportArgumentType] # settings by name
     )
     return run, model
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from quality import fields
 from quality.fields import FieldTraining
 from quality.harness import Finding, Lab, Task, at_most
-from undiffuse.likelihood import Clean, Labelled, Likelihood, bits_per_dimension
+from undiffuse.likelihood import Clean, Likelihood, bits_per_dimension
 from undiffuse.noise import Karras, NoiseLevel, Stream, keyed_normal
 from undiffuse.oracles import Gaussian, power_law_field
 
@@ -37,14 +37,8 @@ def fresh(oracle: Gaussian, seed: int, count: int) -> Tensor:
 def with_oracle(side: int, exponent: float, seed: int) -> Finding:
     oracle = power_law_field(exponent, side, side, spread=fields.SPREAD)
     x0 = fresh(oracle, seed, PICTURES)
-    found = _bits(oracle, x0)
+    found = bits_per_dimension(oracle, Karras(), x0, reading=Clean(), tolerance=1e-4)
     return _finding(f"bits/oracle/{side}/exponent{exponent:g}", found, exact(oracle, x0), ORACLE)
-
-
-def _bits(denoiser: Labelled, x0: Tensor, probes: int | None = None) -> Likelihood:
-    return bits_per_dimension(
-        denoiser, Karras(), x0, reading=Clean(), num_probes=probes, tolerance=1e-4
-    )
 
 
 def _finding(name: str, found: Likelihood, limit: float, bound: float) -> Finding:

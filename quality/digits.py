@@ -63,10 +63,9 @@ def trained(lab: Lab, preset: Preset, seed: int) -> tuple[Model, float | None]:
     return runs.load(run), float(seconds) if seconds else None
 
 
-def samples(model: Model, count: int, steps: int | None = None) -> evaluation.Split:
+def samples(model: Model, count: int, steps: int = 20) -> evaluation.Split:
     """Classes in turn, no guidance, the default sampler."""
-    options = {} if steps is None else {"num_inference_steps": steps}
-    made = runs.generate(model, count, seed=0, batch_size=500, **options)
+    made = runs.generate(model, count, seed=0, num_inference_steps=steps, batch_size=500)
     return evaluation.Split(made, runs.labels_in_turn(model, count))
 
 
@@ -150,13 +149,8 @@ def losses(name: str, model: Model, draws: int) -> Iterator[Finding]:
 
 def few_steps(name: str, model: Model) -> Finding:
     """Fréchet distance to the held-out digits with ten evaluations over that with a hundred."""
-    train, held_out = splits()
-    features = evaluation.classifier_features(train.on_cpu(), 0)
-    real = features(held_out.x0)
-    few, many = (
-        evaluation.frechet_distance(features(samples(model, MANY, steps).x0), real)
-        for steps in (FEW_STEPS, MANY_STEPS)
-    )
+    judge = evaluation.frechet_judge(*splits())
+    few, many = (judge.distance(samples(model, MANY, n).x0) for n in (FEW_STEPS, MANY_STEPS))
     detail = {"few": few, "many": many, "samples": MANY}
     title = "<= 1.1 x with 100 evaluations"
     return at_most(f"{name}/ten_evaluations", few / many, 1.1, title, unit="ratio", detail=detail)

@@ -52,6 +52,7 @@ HOUSE = {
     "fast": place(1.2, "spec unet kernels", "torch jaxtyping"),
     "runtime": place(1.4, "config spec unet kernels fast", "torch jaxtyping"),
     "likelihood": place(1.5, "noise", "torch jaxtyping"),
+    "editing": place(1.5, "noise sampling guidance", "torch jaxtyping"),
     "textbook": place(2, "spec recipes unet", "torch jaxtyping"),
     "training": place(2, "config averaging noise denoiser", "torch numpy jaxtyping"),
     "checkpoint": place(2, "spec unet noise denoiser", "torch numpy"),
@@ -78,6 +79,7 @@ HOUSE["__init__"] = place(4, f"{BELOW_RUNS} runs")
 # Outside packages that one module may use inside a single function, and why.
 EXTRAS = {
     ("runs", "torch.utils.tensorboard"): "an optional tracker, imported when asked for",
+    ("runs", "skimage"): "the extra `compare`: non-local means beside the network",
     ("interop", "onnx"): "the extra `onnx`: checks the form of a graph that was written",
     ("interop", "onnxruntime"): "likewise: runs the graph, to compare it with the network",
     ("evaluation", "onnxruntime"): "likewise: runs the network that the user names as features",

@@ -624,7 +624,7 @@ def test_limits(
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        ("fid=3", "no figure 'fid'; there are: class_accuracy, frechet, precision, recall, "),
+        ("fid=3", "no figure 'fid'; there are: class_accuracy, train_on_samples, frechet, "),
         ("=3", "must be NAME=X, such as frechet=3; got '=3'"),
         ("frechet", "must be NAME=X"),
         ("frechet=low", "low"),

@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from undiffuse.evaluation import (
     frontier,
     paired_distance,
 )
-from undiffuse.noise import Flow, Karras, Schedule
+from undiffuse.noise import Flow, Karras, Schedule, levels
 from undiffuse.recipes import preset
 from undiffuse.runs import _pareto
 from undiffuse.sampling import SAMPLERS
@@ -141,7 +141,7 @@ def test_paired_distance_by_hand() -> None:
 
 @cache
 def plan_of(schedule: Schedule) -> dict[str, list[_pareto._Candidate]]:
-    return _pareto._plan(schedule)
+    return _pareto._plan(partial(levels, schedule))
 
 
 @pytest.mark.parametrize("schedule", [Karras(), Flow()])
@@ -151,9 +151,9 @@ def test_no_setting_exceeds_its_budget_and_none_has_steps_to_spare(schedule: Sch
     for name, candidates in plan.items():
         assert [one.budget for one in candidates] == [*_pareto.BUDGETS, _pareto.REFERENCE]
         for one in candidates[:3]:
-            calls, _ = _pareto._tried(SAMPLERS[name], schedule, one.steps)
+            calls, _ = _pareto._tried(SAMPLERS[name], levels(schedule, one.steps))
             assert calls == one.evaluations <= one.budget
-            more, _ = _pareto._tried(SAMPLERS[name], schedule, one.steps + 1)
+            more, _ = _pareto._tried(SAMPLERS[name], levels(schedule, one.steps + 1))
             assert more > one.budget
 
 
@@ -335,7 +335,7 @@ def test_a_model_that_explodes_has_no_figures(start: Path, options: runs.Evaluat
     subject = _pareto.subject_of(start / "run", options)
     judge = frechet_judge(subject.train, subject.held_out)
     job = _pareto._Job(subject, judge, "ddim", _pareto._Store(None, {}, {}))
-    one = _pareto._plan(Karras())["ddim"][0]
+    one = plan_of(Karras())["ddim"][0]
     assert job.judged(one, broken, None).frechet is None
 
 

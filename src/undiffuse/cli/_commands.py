@@ -44,9 +44,30 @@ def sample(arguments: Arguments, out: Output) -> int:
 
 def denoise(arguments: Arguments, out: Output) -> int:
     with _no_collection():
-        from undiffuse.cli import _pictures
+        from undiffuse.cli import _editing
 
-    return _pictures.denoise(arguments, out)
+    return _editing.denoise(arguments, out)
+
+
+def inpaint(arguments: Arguments, out: Output) -> int:
+    with _no_collection():
+        from undiffuse.cli import _editing
+
+    return _editing.inpaint(arguments, out)
+
+
+def edit(arguments: Arguments, out: Output) -> int:
+    with _no_collection():
+        from undiffuse.cli import _editing
+
+    return _editing.edit(arguments, out)
+
+
+def interpolate(arguments: Arguments, out: Output) -> int:
+    with _no_collection():
+        from undiffuse.cli import _editing
+
+    return _editing.interpolate(arguments, out)
 
 
 def evaluate(arguments: Arguments, out: Output) -> int:

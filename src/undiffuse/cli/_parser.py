@@ -55,6 +55,7 @@ FOREIGN_COMMANDS = {
     "fit": "train",
     "convert": "import",
     "generate": "sample",
+    "img2img": "edit",
     "help": "--help",
     "info": "describe",
     "summary": "describe",
@@ -311,20 +312,90 @@ def _add_autoguidance(parser: argparse.ArgumentParser) -> None:
 
 def _add_denoise(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="noisy pictures")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="noisy pictures of any size")
     parser.add_argument(
         "--sigma",
-        metavar="X",
-        help="standard deviation of the noise, for pictures in -1...1 (default: 0.2)",
+        metavar="X|auto",
+        help="standard deviation of the noise, for pictures in -1...1 (default: auto, estimated as"
+        " the level at which the picture is most likely)",
     )
+    parser.add_argument("--clean", metavar="FILE", nargs="+", help="the same without noise")
     parser.add_argument(
         "--add-noise",
         action="store_true",
         default=None,
-        help="the pictures are clean: add the noise first and print PSNR",
+        help="the pictures are clean: add noise of --sigma first (default: 0.2)",
     )
-    parser.add_argument("--seed", metavar="N", help="of the added noise (default: 0)")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        default=None,
+        help="also clean with Wiener filters and non-local means (extra `compare`)",
+    )
+    parser.add_argument(
+        "--num-inference-steps",
+        metavar="N",
+        help="draw one of the pictures that it may have been, sharp but less close, in N steps of"
+        " a sampler (default: their mean, in one step)",
+    )
+    parser.add_argument("--class-label", metavar="CLASS", help="what they show (default: no class)")
+    parser.add_argument(
+        "--tile",
+        metavar="N",
+        help="cut larger pictures into overlapping squares of N pixels; 0 never cuts (default:"
+        " twice the side of the pictures the network was trained on)",
+    )
+    parser.add_argument("--seed", metavar="N", help="of noise and sampler (default: 0)")
     parser.add_argument("--output-dir", metavar="DIR", help="(default: RUN/denoised)")
+
+
+def _add_inpaint(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("image", metavar="IMAGE", help="a picture of the network's size")
+    parser.add_argument("mask", metavar="MASK", help="of the same size, white where to fill")
+    parser.add_argument(
+        "--num-resamples",
+        metavar="N",
+        help="by RePaint (2201.09865) with N repeats of every step, which needs no derivative"
+        " (default: by moment matching, 2405.13712, closer in less time)",
+    )
+    _add_results(parser, 4, "inpainted", "sampler")
+    _add_autoguidance(parser)
+
+
+def _add_edit(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures of the network's size")
+    parser.add_argument(
+        "--strength",
+        metavar="X",
+        help="how much noise to add and take away again, as the share of the sampler's steps: 0"
+        " returns the picture, 1 has not seen it (default: 0.5)",
+    )
+    _add_results(parser, 4, "edited")
+    _add_autoguidance(parser)
+
+
+def _add_interpolate(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(), help="a seed, or a picture of its size")
+    without = ("sampler", "seed", "guidance_low", "guidance_high")
+    _add_results(parser, 8, "interpolated", *without)
+    parser.add_argument("--film", metavar="webp|gif", help="also an animation, there and back")
+
+
+def _add_results(parser: argparse.ArgumentParser, count: int, folder: str, *without: str) -> None:
+    """How many pictures to make, of what, and how: `SampleConfig` with other defaults."""
+    parser.add_argument(
+        *("-n", "--num-images"), metavar="N", help=f"results per picture (default: {count})"
+    )
+    parser.add_argument(
+        "--class-label", metavar="CLASS", nargs="+", help="names or numbers (default: no class)"
+    )
+    own = ("num_images", "class_label", "eta", "torch_compile")
+    _add_section(parser, config.SampleConfig, *own, *without)
+    parser.add_argument("--output-dir", metavar="DIR", help=f"(default: RUN/{folder})")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -474,6 +545,15 @@ _COMMANDS = {
     "sample": _Command(commands.sample, "RUN ", "generate pictures", _add_sample),
     "denoise": _Command(
         commands.denoise, "RUN IMAGE ... ", "remove noise from pictures", _add_denoise
+    ),
+    "inpaint": _Command(
+        commands.inpaint, "RUN IMAGE MASK ", "fill a hole in a picture", _add_inpaint
+    ),
+    "edit": _Command(
+        commands.edit, "RUN IMAGE ... ", "make pictures like a picture (image to image)", _add_edit
+    ),
+    "interpolate": _Command(
+        commands.interpolate, "RUN A B ", "go from one picture or seed to another", _add_interpolate
     ),
     "evaluate": _Command(
         commands.evaluate,

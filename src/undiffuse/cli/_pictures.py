@@ -1,14 +1,12 @@
-"""`sample` and `denoise`: from a model to picture files."""
+"""`sample`: from a model to picture files."""
 
 import io
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from undiffuse import images, runs
@@ -18,15 +16,13 @@ from undiffuse.cli._options import (
     check_memory,
     load_guide,
     load_model,
-    number,
     one_of,
     output_folder,
     warn_unguided,
 )
 from undiffuse.cli._output import Bar, Output
-from undiffuse.config import SampleConfig, SamplerName, changed
+from undiffuse.config import SampleConfig, SamplerName
 from undiffuse.errors import ConfigError
-from undiffuse.noise import Stream, keyed_normal
 from undiffuse.sampling import SAMPLERS, Sampler, Step, ddim
 
 FILMS = ("webp", "gif")
@@ -159,89 +155,3 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 WRITERS = {"grid": _write_grid, "png": _write_files, "npz": _write_array}
-
-
-# --- denoise ------------------------------------------------------------------------------------
-
-
-def denoise(arguments: Arguments, out: Output) -> int:
-    """`undiffuse denoise`: one step from a noisy picture to the estimate of the clean one."""
-    given = arguments.given
-    sigma = number("sigma", given.get("sigma", 0.2))
-    seed = changed(SampleConfig(), {"seed": given.get("seed", 0)}).seed
-    if sigma <= 0.0:
-        raise ConfigError(f"sigma must be above 0; got {sigma:g}")
-    model = load_model(given)
-    _check_sigma(model, sigma)
-    names: list[str] = given["images"]
-    pictures = [images.read(name, model.pictures.channels) for name in names]
-    folder = output_folder(given, "denoised")
-    add_noise = bool(given.get("add_noise"))
-    results: list[dict[str, object]] = []
-    for n, (stem, picture) in enumerate(zip(_stems(names), pictures, strict=True)):
-        one = partial(_denoise_added, seed=seed, n=n) if add_noise else _denoise_given
-        results.append(one(model, picture, sigma, folder / stem))
-        out.say(_line(results[-1]))
-    out.result("denoise", sigma=sigma, files=results)
-    return 0
-
-
-def _stems(names: Sequence[str]) -> Iterator[str]:
-    """a/1.png, b/1.png -> 1, 1_2: two pictures of one name do not overwrite each other."""
-    seen: Counter[str] = Counter()
-    for name in names:
-        stem = Path(name).stem
-        seen[stem] += 1
-        yield stem if seen[stem] == 1 else f"{stem}_{seen[stem]}"
-
-
-def _denoise_given(model: Model, noisy: Tensor, sigma: float, place: Path) -> dict[str, object]:
-    """The picture is noisy already."""
-    path = place.with_name(f"{place.name}_denoised.png")
-    images.save_image(_estimate(model, noisy, sigma), path, model.pictures.bits)
-    return {"file": path.as_posix()}
-
-
-def _denoise_added(
-    model: Model, clean: Tensor, sigma: float, place: Path, *, seed: int, n: int
-) -> dict[str, object]:
-    """Add the noise first, which makes the error known."""
-    noise = keyed_normal(seed, Stream.ADDED, range(n, n + 1), tuple(clean.shape))
-    noisy = clean + sigma * noise[0]
-    estimate, bits = _estimate(model, noisy, sigma), model.pictures.bits
-    path, noisy_path = (place.with_name(f"{place.name}_{end}.png") for end in ("denoised", "noisy"))
-    images.save_image(noisy, noisy_path, bits)
-    images.save_image(estimate, path, bits)
-    return {
-        "file": path.as_posix(),
-        "noisy": noisy_path.as_posix(),
-        "psnr_noisy": _psnr(noisy.clamp(-1, 1), clean),
-        "psnr_denoised": _psnr(estimate, clean),
-    }
-
-
-def _line(result: dict[str, object]) -> str:
-    if "psnr_noisy" not in result:
-        return str(result["file"])
-    before, after = result["psnr_noisy"], result["psnr_denoised"]
-    return f"{result['file']}  PSNR {before:.2f} dB noisy, {after:.2f} dB denoised"
-
-
-def _check_sigma(model: Model, sigma: float) -> None:
-    ends = (model.denoiser.schedule.at(torch.tensor(x).double()) for x in (0.0, float("inf")))
-    low, high = (float(level.ratio) for level in ends)
-    if not low <= sigma <= high:
-        raise ConfigError(f"sigma must be {low:.3g} ... {high:.3g} for this model; got {sigma:g}")
-
-
-@torch.no_grad()
-def _estimate(model: Model, noisy: Tensor, sigma: float) -> Tensor:
-    on = next(model.net.parameters()).device
-    level = model.denoiser.schedule.at(torch.tensor(sigma, dtype=torch.float64))
-    x = level.alpha.float() * noisy[None]
-    return model.denoiser(x.to(on), level).clamp(-1, 1)[0].cpu()
-
-
-def _psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal to noise ratio in dB, for pictures in [-1, 1] (peak 2)."""
-    return float(10 * torch.log10(4 / (a - b).double().square().mean().clamp(min=1e-12)))

@@ -52,6 +52,7 @@ def draw_levels(rows: Sequence[Row], values: int | None = None) -> "Figure":
         drawn = _level_curves(axes, rows)
         if drawn:
             log_axis(axes.set_xscale, axes.xaxis)
+            _bound_below(axes, rows)
             log_axis(axes.set_yscale, axes.yaxis)
         legend(axes, drawn)
         _stacked(axes, lower)
@@ -122,6 +123,13 @@ _DOTS: dict[str, Any] = {"linewidth": 1.8, "markersize": 4.5, "markeredgecolor":
 
 
 _RATIO = "noise level σ/α"
+
+
+def _bound_below(axes: "Axes", rows: Sequence[Row]) -> None:
+    """At what is compared: the train optimum falls to 0 and may leave the picture there."""
+    seen = np.concatenate([points(rows, "ratio", key)[1] for key in ("bar", "train", "held_out")])
+    if (seen > 0).any():
+        axes.set_ylim(bottom=float(seen[seen > 0].min()) / 30)
 
 
 def _level_curves(axes: "Axes", rows: Sequence[Row]) -> int:

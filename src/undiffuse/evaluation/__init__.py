@@ -2,7 +2,10 @@
 
 `loss_by_level` measures a denoiser against exact ones on pictures it has not seen;
 `sample_quality` measures generated pictures beside real ones; `summary` joins both into one
-dictionary that can be written as JSON. Nothing here prints, and no file
+dictionary that can be written as JSON. `excess_by_level` and `excess_over` measure a denoiser
+against the exact one where that is known; `compare_losses` and `compare_samples` tell which
+differences between two are more than chance; `frechet_judge`, `frontier` and `fewest_evaluations`
+weigh quality against network evaluations. Nothing here prints, and no file
 is opened but the network that `onnx_features` is given.
 
 Everything else that judges is fitted on the spot to the training split, with one seed. No number

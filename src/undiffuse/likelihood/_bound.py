@@ -17,9 +17,7 @@ class Bound(NamedTuple):
     clean: Float[Tensor, "..."]
 
 
-def bound_from_errors(
-    ratios: Float[Tensor, "levels"], errors: Float[Tensor, "levels ..."]
-) -> Bound:
+def bound_from_errors(ratios: Float[Tensor, "levels"], errors: Float[Tensor, "rows ..."]) -> Bound:
     """An upper bound on bits per dimension from mean squared errors at many noise levels (I-MMSE).
 
     A picture x under noise of ratio s tells itself from the data under that noise by

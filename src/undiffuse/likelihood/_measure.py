@@ -102,7 +102,7 @@ def bits_per_dimension(
     denoiser: Labelled,
     schedule: Schedule,
     x0: Pictures,
-    label: Int[Tensor, "n"] | None = None,
+    label: Int[Tensor, "labels"] | None = None,
     *,
     reading: Reading = BYTES,
     num_probes: int | None = None,

@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from undiffuse.runs._against import Comparison, compare_runs
+    from undiffuse.runs._editing import (
+        Cleaned,
+        denoise_pictures,
+        edit,
+        estimate_sigma,
+        inpaint,
+        interpolate,
+        strength_sigma,
+    )
     from undiffuse.runs._evaluate import Evaluated, EvaluateOptions, evaluate_run, sample_count
     from undiffuse.runs._exchange import (
         ExportedModel,
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
         format_of,
         import_model,
     )
+    from undiffuse.runs._filters import check_filters, filters, training_gaussian
     from undiffuse.runs._folder import RunFolder, check_writable, stored_config
     from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
     from undiffuse.runs._likelihood import (
@@ -50,6 +60,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Cleaned",
     "Comparison",
     "Doing",
     "EvaluateOptions",
@@ -72,17 +83,24 @@ __all__ = [
     "Stopped",
     "Validated",
     "averaged",
+    "check_filters",
     "check_free",
     "check_writable",
     "compare_runs",
+    "denoise_pictures",
+    "edit",
+    "estimate_sigma",
     "evaluate_run",
     "export_model",
     "film",
+    "filters",
     "fit",
     "format_of",
     "generate",
     "guide",
     "import_model",
+    "inpaint",
+    "interpolate",
     "labels_in_turn",
     "list_models",
     "load",
@@ -94,11 +112,14 @@ __all__ = [
     "run_likelihood",
     "sample_count",
     "stored_config",
+    "strength_sigma",
+    "training_gaussian",
     "training_run",
     "write_report",
 ]
 
 _HOMES = {
+    "Cleaned": "_editing",
     "Comparison": "_against",
     "Doing": "_train",
     "EvaluateOptions": "_evaluate",
@@ -121,17 +142,24 @@ _HOMES = {
     "Stopped": "_train",
     "Validated": "_train",
     "averaged": "_load",
+    "check_filters": "_filters",
     "check_free": "_exchange",
     "check_writable": "_folder",
     "compare_runs": "_against",
+    "denoise_pictures": "_editing",
+    "edit": "_editing",
+    "estimate_sigma": "_editing",
     "evaluate_run": "_evaluate",
     "export_model": "_exchange",
     "film": "_generate",
+    "filters": "_filters",
     "fit": "_train",
     "format_of": "_exchange",
     "generate": "_generate",
     "guide": "_load",
     "import_model": "_exchange",
+    "inpaint": "_editing",
+    "interpolate": "_editing",
     "labels_in_turn": "_generate",
     "list_models": "_load",
     "load": "_load",
@@ -143,6 +171,8 @@ _HOMES = {
     "run_likelihood": "_likelihood",
     "sample_count": "_evaluate",
     "stored_config": "_folder",
+    "strength_sigma": "_editing",
+    "training_gaussian": "_filters",
     "training_run": "_train",
     "write_report": "_report",
 }

@@ -1,7 +1,7 @@
 """From a model and pictures to other pictures: cleaned, filled in, changed, in between."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,10 +24,11 @@ from undiffuse.runs._generate import (
     quick_denoiser,
     spacing_of,
 )
+from undiffuse.runs._load import choice
 from undiffuse.sampling import SAMPLERS, Sampler, dpmpp_2m_sde, finish, heun, start
 from undiffuse.spec import Concat, Skip, trace
 
-Picture = Float[Tensor, "c h w"]
+Picture = Float[Tensor, "_c _h _w"]  # each of its own size
 
 VALUES = 2**14  # of a picture that its noise is estimated from, at most, but one crop at least
 VOTES = 2**11  # residuals to average, at least: small pictures are looked at several times
@@ -54,6 +55,7 @@ def denoise_pictures(
     num_inference_steps: int | None = None,
     seed: int = 0,
     tile: int | None = None,
+    on_picture: Callable[[], None] = lambda: None,
 ) -> list[Cleaned]:
     """Remove the noise from pictures of any size; each is float32 in [-1, 1] on the CPU.
 
@@ -69,16 +71,22 @@ def denoise_pictures(
         seed: of that sampler's noise; picture n depends on (seed, n) alone.
         tile: side of the square parts that larger pictures are computed in, overlapping by a
             quarter; None is twice the side of the model's own pictures, 0 never cuts.
+        on_picture: called after each.
 
     Raises:
         ConfigError: `sigma`, `label` or `tile` is none that this model can use.
         DataError: a picture has other channels.
         ResourceError: a picture in one piece does not fit into memory.
     """
-    return [
-        _cleaned(model, picture, sigma, label, num_inference_steps, (seed, n), tile)
-        for n, picture in enumerate(pictures)
-    ]
+    for picture in pictures:
+        _check_channels(model, picture)
+    if sigma is not None:
+        _level(model, sigma)
+    made: list[Cleaned] = []
+    for n, picture in enumerate(pictures):
+        made.append(_cleaned(model, picture, sigma, label, num_inference_steps, (seed, n), tile))
+        on_picture()
+    return made
 
 
 def _cleaned(
@@ -90,7 +98,6 @@ def _cleaned(
     key: tuple[int, int],
     tile: int | None,
 ) -> Cleaned:
-    _check_channels(model, picture)
     if sigma is None:
         sigma = estimate_sigma(model, picture, label=label)
     level = _level(model, sigma)
@@ -234,7 +241,7 @@ def forward_bytes(model: Model, height: int, width: int) -> int:
 def inpaint(
     model: Model,
     picture: Picture,
-    hole: Bool[Tensor, "h w"],
+    hole: Bool[Tensor, "_h _w"],
     count: int = 4,
     *,
     label: Int[Tensor, "n"] | Sequence[int] | None = None,
@@ -245,7 +252,7 @@ def inpaint(
     guidance_interval: tuple[float, float] = (0.0, math.inf),
     weak: Model | None = None,
     batch_size: int = 64,
-    mixed_precision: Precision | str = Precision.NO,
+    mixed_precision: Precision | str = Precision.AUTO,
     on_step: OnStep = lambda step: None,
 ) -> Float[Tensor, "n c h w"]:
     """The picture with its hole filled in, `count` times; all else stays bit for bit.
@@ -283,7 +290,7 @@ def inpaint(
         model,
         count,
         seed=seed,
-        label=_labels(model, label, count),
+        label=_labels(model, label, count, guidance_scale, weak),
         sampler=method,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -336,7 +343,7 @@ def edit(
         model,
         count,
         seed=seed,
-        label=_labels(model, label, count),
+        label=_labels(model, label, count, guidance_scale, weak),
         sampler=editing.partly(x0, strength, model.denoiser.schedule, run),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -348,11 +355,29 @@ def edit(
     )
 
 
+def strength_sigma(model: Model, strength: float, num_inference_steps: int = 20) -> float:
+    """sigma / alpha of the noise that `edit` adds at that strength."""
+    schedule = model.denoiser.schedule
+    grid = levels(schedule, num_inference_steps, spacing_of(model))
+    return float(editing.partial_levels(schedule, grid, strength)[0].ratio)
+
+
 def _labels(
-    model: Model, label: Tensor | Sequence[int] | None, count: int
+    model: Model, label: Tensor | Sequence[int] | None, count: int, scale: float, weak: Model | None
 ) -> Int[Tensor, "n"] | Sequence[int] | None:
     """As given; else no class, where `generate` would take all in turn."""
-    return one_label(model, None, count) if label is None else label
+    if label is not None:
+        return label
+    _check_guided(scale, weak)
+    return one_label(model, None, count)
+
+
+def _check_guided(scale: float, weak: Model | None = None) -> None:
+    if scale != 1.0 and weak is None:
+        raise ConfigError(
+            f"guidance_scale {scale:g} needs a class label (or autoguidance): without one there"
+            " is nothing to guide towards"
+        )
 
 
 def _check_shape(model: Model, picture: Picture, name: str) -> None:
@@ -397,8 +422,11 @@ def interpolate(
     """
     if count < 2:
         raise ConfigError(f"num_images must be at least 2, the two ends; got {count}")
+    if label is None:
+        _check_guided(guidance_scale)
     grid = levels(model.denoiser.schedule, num_inference_steps, spacing_of(model))
-    quick = quick_denoiser(model, Precision(mixed_precision), False)
+    precision = choice("mixed_precision", Precision, mixed_precision)
+    quick = quick_denoiser(model, precision, False)
 
     def denoise(size: int) -> Denoise:
         return denoise_function(model, quick, one_label(model, label, size), guidance_scale)

@@ -1,5 +1,6 @@
 """What cleans pictures without a network: for comparison."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -51,20 +52,26 @@ def filters(noisy: Picture, sigma: float, gaussian: Gaussian | None = None) -> d
     return {name: picture.clamp(-1, 1) for name, picture in made.items()}
 
 
-def _non_local_means(noisy: Picture, sigma: float) -> Picture:
-    try:
-        from skimage.restoration import denoise_nl_means
-    except ImportError as error:
+def check_filters() -> None:
+    """Raises ConfigError if scikit-image is missing."""
+    if find_spec("skimage") is None:
         raise ConfigError(
             "compare needs scikit-image, which is not installed: pip install 'undiffuse[compare]'"
-        ) from error
+        )
+
+
+def _non_local_means(noisy: Picture, sigma: float) -> Picture:
+    check_filters()
+    from skimage.restoration import denoise_nl_means
+
+    grey = len(noisy) == 1  # a single channel in front of it comes back with sides exchanged
     values = denoise_nl_means(
-        noisy.numpy(),
+        (noisy[0] if grey else noisy).numpy(),
         patch_size=5,
         patch_distance=6,
         h=0.6 * sigma,
         sigma=sigma,
         fast_mode=True,
-        channel_axis=0,
+        channel_axis=None if grey else 0,
     )
-    return torch.from_numpy(values).to(noisy)
+    return torch.from_numpy(values).to(noisy).reshape(noisy.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse import drawing
+from undiffuse.checkpoint import Model
 from undiffuse.errors import CheckpointError
 from undiffuse.evaluation import (
     FrechetJudge,
@@ -20,7 +21,7 @@ from undiffuse.evaluation import (
     frontier,
     paired_distance,
 )
-from undiffuse.noise import NoiseLevel, Schedule, levels
+from undiffuse.noise import NoiseLevel, levels
 from undiffuse.runs._evaluate import (
     EvaluateOptions,
     Progress,
@@ -30,7 +31,10 @@ from undiffuse.runs._evaluate import (
     subject_of,
 )
 from undiffuse.runs._folder import RunFolder, read_json, write_json
+from undiffuse.runs._generate import spacing_of
 from undiffuse.sampling import SAMPLERS, Sampler, finish, start
+
+Grid = Callable[[int], Sequence[NoiseLevel]]  # steps -> their noise levels
 
 SCHEMA = "undiffuse.pareto/1"
 BUDGETS = (4, 5, 6, 8, 10, 15, 20, 35, 50)  # network evaluations
@@ -87,7 +91,7 @@ def pareto_run(
     """
     path = Path(path)
     subject = subject_of(path, options)
-    plan = _plan(subject.model.denoiser.schedule)
+    plan = _plan(_grid_of(subject.model))
     judge = frechet_judge(
         subject.train, subject.held_out, seed=subject.sampling.seed, features=subject.features
     )
@@ -125,25 +129,31 @@ class _Candidate:
         return SamplerSetting(self.sampler, self.budget, self.steps, self.evaluations, frechet, rms)
 
 
-def _plan(schedule: Schedule) -> dict[str, list[_Candidate]]:
+def _plan(grid: Grid) -> dict[str, list[_Candidate]]:
     """Of every sampler its settings, the last of which is the reference."""
     return {
-        name: [_within(name, sampler, schedule, budget) for budget in (*BUDGETS, REFERENCE)]
+        name: [_within(name, sampler, grid, budget) for budget in (*BUDGETS, REFERENCE)]
         for name, sampler in SAMPLERS.items()
     }
 
 
-def _within(name: str, sampler: Sampler, schedule: Schedule, budget: int) -> _Candidate:
+def _grid_of(model: Model) -> Grid:
+    """The noise levels that `generate` takes."""
+    schedule, spacing = model.denoiser.schedule, spacing_of(model)
+    return lambda steps: levels(schedule, steps, spacing)
+
+
+def _within(name: str, sampler: Sampler, grid: Grid, budget: int) -> _Candidate:
     """The most steps whose evaluations are not above the budget."""
     steps = budget
-    evaluations, adds_noise = _tried(sampler, schedule, steps)
+    evaluations, adds_noise = _tried(sampler, grid(steps))
     while evaluations > budget and steps > 1:
         steps = min(steps - 1, 1 + steps * budget // evaluations)
-        evaluations, adds_noise = _tried(sampler, schedule, steps)
+        evaluations, adds_noise = _tried(sampler, grid(steps))
     return _Candidate(name, budget, steps, evaluations, adds_noise)
 
 
-def _tried(sampler: Sampler, schedule: Schedule, steps: int) -> tuple[int, bool]:
+def _tried(sampler: Sampler, grid: Sequence[NoiseLevel]) -> tuple[int, bool]:
     """How often it calls the network, and whether it draws noise: found out on a single number."""
     calls = draws = 0
 
@@ -157,7 +167,6 @@ def _tried(sampler: Sampler, schedule: Schedule, steps: int) -> tuple[int, bool]
         draws += 1
         return torch.zeros(1, 1, 1, 1)
 
-    grid = levels(schedule, steps)
     finish(sampler(denoise, start(grid[0], torch.zeros(1, 1, 1, 1)), grid, noise=draw))
     return calls, draws > 0
 
@@ -296,6 +305,7 @@ def _measured(subject: Subject, options: EvaluateOptions, judge: FrechetJudge) -
     sampling = described(subject, options)
     del sampling["num_inference_steps"]
     return sampling | {
+        "levels": repr(spacing_of(subject.model)),
         "features": judge.features.name,
         "reference_pictures": judge.reference,
         "against": judge.against,
