@@ -144,7 +144,9 @@ def _range(values: Sequence[float | None]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, never an exponent."""
+    """Three digits; an exponent only where there would be none of them."""
+    if 0 < abs(value) < 5e-4:
+        return f"{value:.0e}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
 
