@@ -36,8 +36,7 @@ from undiffuse.noise import (
     keyed_uniform,
 )
 from undiffuse.oracles import FiniteSet, Gaussian, Mixture, power_law_field
-from undiffuse.recipes import ddpm_family
-from undiffuse.spec import Inject
+from undiffuse.spec import Attn, Concat, Conv, Out, Res, Skip, UNetSpec
 from undiffuse.unet import UNet
 
 SIZES = {8: 4, 16: 2}  # side -> pictures
@@ -132,16 +131,16 @@ def test_the_density_under_noise_is_that_of_the_lowest_level() -> None:
 
 def test_a_low_top_is_corrected_and_owned_up_to() -> None:
     """At 5 times the data's spread N(m, s^2 I) is far off. Corrected it is not, and the size of the
-    correction covers what is left."""
+    correction covers what is left of most pictures: it is an estimate, not a bound."""
     field = power_law_field(2.0, 4, 4, spread=0.5)
     oracle = replace(field, mean=field.mean + 0.7)
     x0 = drawn(oracle, 16)
     found = bits_per_dimension(oracle, Karras(), x0, reading=Clean(), high=2.5, tolerance=1e-4)
     off = (found.bits - in_bits(oracle.log_density(x0, clean()), x0)).abs()
     assert off.max() < 0.02
-    assert off.mean() < found.prior_error.mean() / 4
+    assert off.mean() < found.prior_error.mean() / 2
     assert 0.01 < found.prior_error.mean() < 0.1
-    assert (off <= found.error).float().mean() > 0.9
+    assert (off <= found.error).float().mean() > 0.7
 
 
 def test_mixtures_have_their_own_density_and_that_of_a_class() -> None:
@@ -162,10 +161,11 @@ def test_mixtures_have_their_own_density_and_that_of_a_class() -> None:
 
 
 def curl(x: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Tensor:
-    """No denoiser of any data: it turns, it saturates, and it depends on the level oddly."""
+    """No denoiser of any data, since it turns: but a smooth field that is x at no noise."""
     first, second = x.unbind(3)
-    turned = torch.stack((0.8 * first + second.tanh(), 0.3 * second - first.sin()), 3)
-    return turned / (1 + level.ratio**2)
+    turned = torch.stack((second.tanh(), -first.sin()), 3)
+    total = 1 + level.sigma**2
+    return x / total + 0.6 * level.sigma * turned / total**1.5
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,7 @@ def test_the_estimate_covers_the_error_at_every_tolerance(
         assert bool((off <= 5 * found.error).all())
         assert found.integration_error.max() <= tolerance
         assert abs(found.mean - float(exact.mean())) < found.mean_error
-    assert worst[0] > 0.01  # there was something to cover
-    assert worst[-1] < 0.003 < worst[0]
+    assert worst[-1] < 0.01 < worst[0]  # there was something to cover
 
 
 def test_more_points_are_spent_where_they_are_needed_alone() -> None:
@@ -284,20 +283,21 @@ def test_large_pictures_take_probes_by_themselves() -> None:
 @pytest.mark.parametrize("probes", [None, 3])
 def test_batches_and_positions_change_nothing(probes: int | None) -> None:
     mixture = clusters(2, 2, 0.3)
-    x0, label = drawn_in_turn(mixture, 7)
+    x0, label = drawn_in_turn(mixture, 5)
 
     def bits(pictures: slice, batch_size: int) -> Tensor:
         return bits_per_dimension(
             *(mixture, Karras(), x0[pictures], label[pictures]),
             reading=Noised(),
             num_probes=probes,
+            tolerance=1.0,
             first=pictures.start,
             batch_size=batch_size,
         ).bits
 
-    whole = bits(slice(0, 7), 64)
-    torch.testing.assert_close(bits(slice(0, 7), 3), whole, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(bits(slice(4, 7), 1), whole[4:], rtol=1e-9, atol=1e-9)
+    whole = bits(slice(0, 5), 64)
+    torch.testing.assert_close(bits(slice(0, 5), 3), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bits(slice(4, 5), 1), whole[4:], rtol=1e-9, atol=1e-9)
 
 
 def test_what_is_counted_is_what_is_done() -> None:
@@ -350,17 +350,18 @@ def test_grey_values_of_known_probability() -> None:
     pictures = torch.tensor(list(table), dtype=torch.float64).reshape(-1, 1, 1, 2)
     counts = torch.tensor(list(table.values()))
     oracle = FiniteSet(pictures.repeat_interleave(counts, 0))
-    exact = -(counts / counts.sum()).log2() / 2
+    exact = -(counts / counts.sum()).log2().double() / 2
 
-    def bits(low: float, seed: int) -> Tensor:
-        return bits_per_dimension(
-            *(oracle, Karras(), pictures), reading=Grid(3), low=low, seed=seed, tolerance=1e-3
-        ).bits
+    def bits(low: float, times: int) -> Tensor:
+        x0 = pictures.repeat(times, 1, 1, 1)
+        found = bits_per_dimension(
+            *(oracle, Karras(), x0), reading=Grid(3), low=low, tolerance=2e-3, batch_size=MANY
+        )
+        return found.bits.reshape(times, -1)
 
-    torch.testing.assert_close(bits(0.1, 0).float(), exact, rtol=0, atol=2e-3)
-    gaps = torch.stack([bits(0.4, seed) for seed in range(12)]).mean(0) - exact
-    mean = float((gaps * counts).sum() / counts.sum())
-    assert 0.02 < mean < 0.5
+    torch.testing.assert_close(bits(0.1, 1)[0], exact, rtol=0, atol=2e-3)
+    gaps = bits(0.4, 16).mean(0) - exact
+    assert 0.02 < float((gaps * counts).sum() / counts.sum()) < 0.5
 
 
 def test_bytes_of_smooth_data_have_the_probability_of_their_cell() -> None:
@@ -445,22 +446,34 @@ def test_the_bound_of_single_pictures_is_their_own_density() -> None:
 FIELD = power_law_field(2.0, 8, 8, spread=0.5)
 
 
-def small_network() -> Denoiser:
-    spec = ddpm_family(8, (1, 1), 1, (), channels=1)
-    spec = replace(spec, style=replace(spec.style, groups=4, inject=Inject.SCALE_SHIFT))
+class Filters(nn.Module):
+    """A linear filter per noise level, mixed from 32: all that this data needs, and quick."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 32))
+        self.filters = nn.Parameter(torch.zeros(32, 64, 64))
+
+    def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
+        shares = self.told(timestep[:, None])
+        return torch.einsum("bk,kij,bj->bi", shares, self.filters, x.flatten(1)).reshape(x.shape)
+
+
+def seeded(make: Callable[[], nn.Module]) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Denoiser(UNet(spec), Karras(), KarrasPrecond(0.5))
+        return Denoiser(make(), Karras(), KarrasPrecond(0.5))
 
 
-def train_on_field(denoiser: Denoiser, steps: int, batch: int = 32) -> None:
+def train_on_field(denoiser: Denoiser, steps: int, batch: int = 64) -> None:
+    """By the product's loss, on pictures drawn anew at every step."""
     assert isinstance(denoiser.net, nn.Module)
     optimiser = torch.optim.Adam(denoiser.net.parameters(), 1e-2, (0.9, 0.99))
     decay = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps, pct_start=0.1)
-    draw, levels = FIELD.draw, LogUniform(0.03, 8.0)
+    levels = LogUniform(0.03, 8.0)
     for step in range(steps):
         places = range(step * batch, (step + 1) * batch)
-        x0 = draw(keyed_normal(1, Stream.AUGMENT, places, (1, 8, 8)))
+        x0 = FIELD.draw(keyed_normal(1, Stream.AUGMENT, places, (1, 8, 8)))
         noise = keyed_normal(1, Stream.NOISE, places, (1, 8, 8))
         u = torch.from_numpy(keyed_uniform(1, Stream.LEVEL, places, 1))[:, 0]
         optimiser.zero_grad()
@@ -469,32 +482,42 @@ def train_on_field(denoiser: Denoiser, steps: int, batch: int = 32) -> None:
         decay.step()
 
 
-def beside(denoiser: Denoiser, count: int) -> BesideExact:
-    x0 = drawn(FIELD, count, seed=5).float()
+def beside(denoiser: Denoiser) -> BesideExact:
+    x0 = drawn(FIELD, 16, seed=5).float()
     return beside_exact(
-        *(denoiser, denoiser.schedule, FIELD.log_density, x0), tolerance=0.05, batch_size=128
+        *(denoiser, denoiser.schedule, FIELD.log_density, x0), tolerance=0.01, batch_size=256
     )
 
 
 def test_a_trained_network_is_near_the_exact_value_and_an_untrained_one_is_not() -> None:
-    denoiser = small_network()
-    assert beside(denoiser, 2).excess > 0.15
-    train_on_field(denoiser, 160)
-    found = beside(denoiser, 5)
+    denoiser = seeded(Filters)
+    assert beside(denoiser).excess > 0.15
+    train_on_field(denoiser, 300)
+    found = beside(denoiser)
     assert abs(found.excess) < 0.05
     assert found.bits == pytest.approx(found.exact + found.excess)
     assert found.standard_error is not None
-    assert found.error < 0.02
+    assert found.error < 0.01
 
 
-def test_it_differentiates_where_gradients_are_off_and_leaves_no_trace() -> None:
-    denoiser = small_network()
-    assert isinstance(denoiser.net, nn.Module)
-    x0 = drawn(FIELD, 1).float()
-    with torch.no_grad():
-        bits_per_dimension(
+def test_a_unet_is_differentiated_where_gradients_are_off_and_keeps_none() -> None:
+    """Float32 beside float64: rounding is far below what the estimates speak of."""
+    spec = UNetSpec(1, 1, (Conv(4), Res(4), Skip(), Attn(), Concat(), Out()))
+    denoiser = seeded(lambda: UNet(spec))
+    assert isinstance(denoiser.net, UNet)
+    for parameter in denoiser.net.parameters():
+        nn.init.normal_(parameter, 0.0, 0.1, generator=torch.Generator().manual_seed(1))
+    x0 = drawn(FIELD, 2)
+
+    def bits(x0: Tensor) -> Tensor:
+        return bits_per_dimension(
             *(denoiser, denoiser.schedule, x0), reading=Noised(), num_probes=2, tolerance=10.0
-        )
+        ).bits
+
+    with torch.no_grad():
+        single = bits(x0.float())
+        denoiser.net.double()
+        torch.testing.assert_close(single, bits(x0), rtol=0, atol=1e-4)
     assert all(parameter.grad is None for parameter in denoiser.net.parameters())
 
 

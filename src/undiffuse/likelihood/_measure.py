@@ -28,7 +28,7 @@ Values = Float[Tensor, "n"]
 Progress = Callable[[int, int], None]  # (points computed, of how many by now)
 
 HIGH = 80.0  # sigma / alpha (2206.00364, table 1)
-GRIDS = (16, 24, 36, 54, 81, 121)  # points of one pass after another
+GRIDS = (12, 18, 27, 40, 60, 90, 135)  # points of one pass after another
 
 
 # --- the result ---------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def bits_per_dimension(
     It is that of the model whose pictures a perfect solver would make with `denoiser`, stopping at
     the lowest level. With an exact denoiser it is that of the data.
 
-    Every picture is carried along 16 points, then along 24, 36 ... 121, until two grids agree to
+    Every picture is carried along 12 points, then along 18, 27 ... 135, until two grids agree to
     `tolerance`; where they never do, its `integration_error` says so. What chance does to a picture
     depends on the seed and its position alone.
 
