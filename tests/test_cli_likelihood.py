@@ -17,6 +17,7 @@ from undiffuse.checkpoint import Model, Pictures, load_model, save_model
 from undiffuse.cli import main
 from undiffuse.config import DataConfig, RunConfig, flatten
 from undiffuse.denoiser import Denoiser, KarrasPrecond
+from undiffuse.likelihood import _measure
 from undiffuse.noise import Karras
 from undiffuse.runs import LikelihoodOptions, Side
 from undiffuse.spec import Conv, Out, Res, UNetSpec
@@ -60,6 +61,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     floats = np.array(numbers, dtype=np.float32).reshape(30, 8, 8, 3)
     np.savez(root / "floats.npz", images=floats)
     return root
+
+
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about what is asked and told; test_likelihood.py is about the numbers."""
+    monkeypatch.setattr(_measure, "GRIDS", (4, 6))
 
 
 @pytest.fixture
@@ -144,9 +151,6 @@ def bits(model: Model, root: Path, options: LikelihoodOptions) -> list[float]:
 def test_numbers_have_a_density(ask: Ask) -> None:
     body = ask(f"likelihood {{root}}/plain.safetensors --data {{root}}/floats.npz {QUICK}")
     assert body["reading"] == "numbers under noise"
-    assert any("not the pictures this model was trained on" in w for w in body["warnings"]) or (
-        body["trained_steps"] == 7
-    )
 
 
 def test_an_exact_trace_on_request(ask: Ask) -> None:
@@ -156,7 +160,7 @@ def test_an_exact_trace_on_request(ask: Ask) -> None:
     )
     (only,) = body["splits"]
     assert body["trace"] == "exact"
-    assert only["products"] == 192 * (12 + 18 + 2)
+    assert only["products"] == 192 * (4 + 6 + 2)
     assert (only["standard_error"], only["probe_error"]) == (None, 0)
 
 

@@ -141,7 +141,7 @@ def test_what_a_file_has_clipped_does_not_vote() -> None:
 
 
 def test_no_estimate_without_a_vote_or_a_range() -> None:
-    with pytest.raises(ConfigError, match="every value of the picture is -1 or 1"):
+    with pytest.raises(ConfigError, match="every value is -1 or 1"):
         estimate_sigma(GAUSSIAN, signs(1, *SHAPE), Karras(), ALL)
     with pytest.raises(ConfigError, match="0 < low < high; got 2 and 1"):
         estimate_sigma(GAUSSIAN, normal(1, *SHAPE), Karras(), ALL, low=2, high=1)

@@ -6,7 +6,7 @@ ratio sigma / alpha is s. Most of it rests on Tweedie's formulas, exact for a po
 
     score of x:  (alpha D - x) / sigma^2        Cov(x0 | x) = sigma^2 / alpha * dD/dx
 
-(Efron 2011, "Tweedie's formula and selection bias"; 2310.06721, section 3).
+(Efron 2011, "Tweedie's formula and selection bias"; the covariance in 2310.06721).
 """
 
 import itertools
@@ -53,8 +53,8 @@ def likelihood_slope(
 
         d ln p / d ln s = sum of (x - D)^2 / s^2 - (1 - dD/dx)
 
-    over the pixels: 0 where the residual has the variance that D's own derivative promises, so
-    this is also where Stein's unbiased estimate of the risk (1981) agrees with the residual.
+    over the pixels: 0 where the residual has the variance that D's own derivative promises, which
+    is also where Stein's unbiased estimate of the squared error (1981) is Tweedie's s^2 dD/dx.
 
     Args:
         x: noisy pictures, x0 + s * noise, whatever the schedule's alpha is.
@@ -96,7 +96,7 @@ def estimate_sigma(
         raise ConfigError(f"sigma is looked for between 0 < low < high; got {low} and {high}")
     votes = _unclipped(x)
     if not bool(votes.any()):
-        raise ConfigError("sigma cannot be estimated: every value of the picture is -1 or 1")
+        raise ConfigError("sigma cannot be estimated where every value is -1 or 1; state it")
 
     def highest(first: float, last: float, count: int) -> float:
         ends = schedule.at(torch.tensor([first, last], dtype=torch.float64).exp()).ratio.log()
@@ -192,7 +192,7 @@ def _windows(side: int, tile: int, overlap: int) -> list[tuple[int, Float[Tensor
 
 
 def filled(denoise: Denoise, known: Shared, hole: Hole, iterations: int = 2) -> Denoise:
-    """The estimate of x0 given x and what is known of x0: moment matching (2405.13712, section 4).
+    """The estimate of x0 given x and what is known of x0: moment matching (2405.13712).
 
     As if x0 given x were Gaussian, with mean D and Tweedie's covariance C, the pixels K outside the
     hole pull the others along:
