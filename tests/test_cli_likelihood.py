@@ -66,7 +66,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are about what is asked and told; test_likelihood.py is about the numbers."""
-    monkeypatch.setattr(_measure, "GRIDS", (4, 6))
+    monkeypatch.setattr(_measure, "GRIDS", (9, 10))
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_an_exact_trace_on_request(ask: Ask) -> None:
     )
     (only,) = body["splits"]
     assert body["trace"] == "exact"
-    assert only["products"] == 192 * (4 + 6 + 2)
+    assert only["products"] == 192 * (9 + 10 + 2)
     assert (only["standard_error"], only["probe_error"]) == (None, 0)
 
 
