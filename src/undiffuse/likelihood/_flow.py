@@ -189,11 +189,11 @@ def _moved(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], h: flo
 
 
 class Carried(NamedTuple):
-    """ln p at the lowest level; what of it is the correction at the highest; and moments of the
+    """ln p at the lowest level; the size of the correction at the highest; and moments of the
     integrand, whose 0th is part of ln p: what another grid should agree in."""
 
     log_density: Columns
-    prior: Columns
+    prior: Values
     moments: Float[Tensor, "n j"]
 
 
@@ -218,8 +218,7 @@ def carry(flow: Flow, u: Pictures, ends: tuple[float, float], points: int, done:
         done(len(u))
     known, correction = _prior(flow, flow.step(y, slope, t, last) * radius(last), last)
     grown = size * math.log(radius(last) / start)
-    log_density = known.unsqueeze(1) + correction - integrals[0] + grown
-    return Carried(log_density, correction, integrals[1:].mean(2).mT)
+    return Carried(known - integrals[0] + grown, correction, integrals[1:].mean(2).mT)
 
 
 def gauss_legendre(
@@ -235,8 +234,8 @@ def gauss_legendre(
     return low + half * (places + 1), half * weights
 
 
-def _prior(flow: Flow, u: Pictures, t: float) -> tuple[Values, Columns]:
-    """ln p at the highest level, as N(m, s^2 I) and a correction.
+def _prior(flow: Flow, u: Pictures, t: float) -> tuple[Columns, Values]:
+    """ln p at the highest level, N(m, s^2 I) with a correction; and the size of its two terms.
 
     m is the data's mean as the denoiser sees it, D at x = 0, where the noise tells nothing; that is
     right up to the data's covariance S over s^2. To that order S / s^2 = dD/du = J and
@@ -248,8 +247,9 @@ def _prior(flow: Flow, u: Pictures, t: float) -> tuple[Values, Columns]:
     x0, trace = flow.traced(u, t)
     away = (u - mean).flatten(1)
     known = -(away.square().sum(1) / variance + size * math.log(2 * math.pi * variance)) / 2
-    pull = (away * (x0 - mean).flatten(1)).sum(1, keepdim=True) / variance
-    return known, (pull - trace) / 2
+    pull = (away * (x0 - mean).flatten(1)).sum(1) / variance
+    size_of_both = (pull.abs() + trace.mean(1).abs()) / 2
+    return (known + pull / 2).unsqueeze(1) - trace / 2, size_of_both
 
 
 def below(flow: Flow, u: Pictures, t: float) -> Columns:

@@ -41,7 +41,7 @@ class Likelihood:
     In the estimates: the path and the integral, by the difference of two grids
     (`integration_error`); the probes of the trace, as a standard error (`probe_error`, 0 for exact
     traces); the Gaussian at the highest level, by the size of its correction (`prior_error`); the
-    stretch below the lowest level, by its size (`truncation_error`, 0 unless `Point.clean`).
+    stretch below the lowest level, by its own (`truncation_error`, 0 unless `Point.clean`).
 
     Not in them: the rounding of a float32 network, some 1e-6; the draw of `Noised`, `Grid` and
     `Uniform`, which is part of the scatter over pictures and so of `standard_error`; and by how
@@ -255,7 +255,7 @@ def _measured(
         bits=-(log_density.mean(1) + point.log_weight) / nats,
         integration_error=error,
         probe_error=_probe_error(log_density) / nats,
-        prior_error=found.prior.mean(1).abs() / nats,
+        prior_error=found.prior / nats,
         truncation_error=stretch.mean(1).abs() / nats,
         evaluations=_summed(passes, evaluations) + int(point.clean),
         products=flow.directions.count * (_summed(passes, lambda n: n + 1) + int(point.clean)),
