@@ -18,9 +18,8 @@ from undiffuse.checkpoint import Model, load_model
 from undiffuse.config import RunConfig, override
 
 COMMITTED = Path(__file__).resolve().parent / "models" / "digits-best.safetensors"
-DRAWS, QUICK_DRAWS = 32, 8  # of noise per picture: at sigma 5 the bars lie 0.4 % apart
 SAMPLES = 1440
-MANY, FEW_STEPS, MANY_STEPS = 5000, 10, 100
+FEW_STEPS, MANY_STEPS = 10, 100
 LOW, GAIN, EVEN = 0.8, 10.0, 0.5  # up to LOW a gain of GAIN percent, above it EVEN at most
 
 Known = evaluation.Split
@@ -34,6 +33,20 @@ class Preset:
     seconds: float  # of training that are allowed on two cores
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How closely the best preset is looked at.
+
+    Args:
+        draws: of noise per picture; at sigma 5 the bars lie 0.4 % apart.
+        samples: of which the Fréchet distances at few and at many evaluations are taken.
+    """
+
+    draws: int
+    samples: int
+
+
+FULL, QUICK_LOOK = Effort(32, 5000), Effort(8, 1440)
 DEMO = Preset("digits-demo", 90.0)
 BEST = Preset("digits-best", 900.0)
 
@@ -108,12 +121,12 @@ def best_findings(lab: Lab, seed: int) -> Iterator[Finding]:
 def committed_findings(lab: Lab, seed: int) -> Iterator[Finding]:
     """The model in the repository, which `best_findings` made with seed 0."""
     del lab, seed
-    yield from judged("digits-best", load_model(COMMITTED), QUICK_DRAWS)
+    yield from judged("digits-best", load_model(COMMITTED), QUICK_LOOK)
 
 
-def judged(name: str, model: Model, draws: int = DRAWS) -> Iterator[Finding]:
+def judged(name: str, model: Model, effort: Effort = FULL) -> Iterator[Finding]:
     """All that is asked of the best preset."""
-    yield from losses(name, model, draws)
+    yield from losses(name, model, effort.draws)
     figures = quality_of(model)
     yield from accuracy(name, figures)
     for one in ("precision", "recall"):
@@ -123,7 +136,7 @@ def judged(name: str, model: Model, draws: int = DRAWS) -> Iterator[Finding]:
     yield at_most(f"{name}/frechet", value, 2 * floor, "<= 2 x floor", floor=floor)
     value, floor = _measured(figures["copies"])
     yield at_most(f"{name}/copies", value, floor, "<= real held-out", floor=floor)
-    yield few_steps(name, model)
+    yield few_steps(name, model, effort.samples)
 
 
 def _measured(figure: evaluation.Figure) -> tuple[float, float]:
@@ -147,11 +160,11 @@ def losses(name: str, model: Model, draws: int) -> Iterator[Finding]:
         yield at_most(where, percent, bound, unit="% above the best bar", detail=detail)
 
 
-def few_steps(name: str, model: Model) -> Finding:
+def few_steps(name: str, model: Model, count: int) -> Finding:
     """Fréchet distance to the held-out digits with ten evaluations over that with a hundred."""
     judge = evaluation.frechet_judge(*splits())
-    few, many = (judge.distance(samples(model, MANY, n).x0) for n in (FEW_STEPS, MANY_STEPS))
-    detail = {"few": few, "many": many, "samples": MANY}
+    few, many = (judge.distance(samples(model, count, n).x0) for n in (FEW_STEPS, MANY_STEPS))
+    detail = {"few": few, "many": many, "samples": count}
     title = "<= 1.1 x with 100 evaluations"
     return at_most(f"{name}/ten_evaluations", few / many, 1.1, title, unit="ratio", detail=detail)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quality import ablation, digits, fields, page, run
+from quality import ablation, digits, page, run
 from quality.harness import (
     Finding,
     Lab,
@@ -97,7 +97,7 @@ def test_every_task_has_a_name_and_a_key_of_its_own() -> None:
 
 
 def test_the_key_of_settings_is_the_same_in_every_process() -> None:
-    assert key_of(fields.FieldTraining(16, 2.0, 10, (1, 2))) == "adc8290b2ec6"
+    assert key_of(digits.Preset("digits-demo", 90.0)) == "17fdee87e5cb"
 
 
 def test_ablations_name_settings_that_exist() -> None:
