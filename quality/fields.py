@@ -66,8 +66,15 @@ class FieldTraining:
         )
 
 
-SMALL = tuple(FieldTraining(16, exponent, 1500, 24, (1, 2)) for exponent in EXPONENTS)
-LARGE = tuple(FieldTraining(32, exponent, 2500, 16, (1, 2, 2)) for exponent in EXPONENTS)
+SMALL_STEPS, LARGE_STEPS = (500, 1000, 1500), (800, 1600, 2500)  # smoother fields are harder
+SMALL = tuple(
+    FieldTraining(16, exponent, steps, 24, (1, 2))
+    for exponent, steps in zip(EXPONENTS, SMALL_STEPS, strict=True)
+)
+LARGE = tuple(
+    FieldTraining(32, exponent, steps, 16, (1, 2, 2))
+    for exponent, steps in zip(EXPONENTS, LARGE_STEPS, strict=True)
+)
 MINUTES = {16: 10.0, 32: 30.0}  # of training that are allowed
 
 
