@@ -70,7 +70,7 @@ bench-quick: setup-dev
 # it: make quality QUALITY_FLAGS='--only ablation/digits --seeds 0'
 QUALITY_FLAGS ?=
 quality: setup-dev
-	$(BIN)/python -m quality.run $(QUALITY_FLAGS); $(BIN)/python -m quality.page
+	$(BIN)/python -m quality.run $(QUALITY_FLAGS); held=$$?; $(BIN)/python -m quality.page && exit $$held
 
 # The headline figures for one seed, one line of JSON each, in less than ten minutes on two cores.
 quality-quick: setup-dev

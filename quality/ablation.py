@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
+from quality.fitted import fitted
 from quality.harness import Finding, Lab, Task
 from undiffuse import evaluation, images, runs
 from undiffuse.checkpoint import Model
@@ -131,9 +132,9 @@ def findings(ground: Ground, change: Change, lab: Lab, seed: int) -> Iterator[Fi
         report = evaluation.loss_by_level(
             model.denoiser, train, held_out, draws=DRAWS, labelled=model.spec.classes > 0
         )
-        assert report.nats_per_value is not None
+        assert report.nats_per_picture is not None
         detail = {"levels": [[one.ratio, one.held_out, one.bar] for one in report.levels]}
-        nats = report.nats_per_value.value * held_out.x0[0].numel()
+        nats = report.nats_per_picture.value
         yield Finding(f"{name}/nats", nats, unit="nats per picture", detail=detail)
         if report.memorised is not None:
             yield Finding(f"{name}/memorised", report.memorised, unit="share")
@@ -155,25 +156,15 @@ def _model(ground: Ground, change: Change, lab: Lab, seed: int) -> tuple[Path, M
     """Trained, or taken from where it is kept; a training that was stopped goes on."""
     settings: Mapping[str, object] = {**dict(ground.settings), **dict(change.training)}
     run = lab.folder(f"ablation-{ground.name}", sorted(settings.items(), key=str), seed)
-    if (run / "model.safetensors").exists():
-        return run, runs.load(run)
-    resume = "latest" if (run / "checkpoints").exists() else None
-    steps = int(str(settings["max_train_steps"]))
-    quiet = {"sample_every": steps, "checkpointing_steps": steps}
-    model = runs.fit(
-        ground.data(),
-        output_dir=run,
-        resume=resume,
-        **{**settings, **quiet, "seed": seed},  # pyright: ignore[reportArgumentType] # settings by name
-    )
-    return run, model
+    once = {"sample_every": settings["max_train_steps"]}
+    return run, fitted(run, ground.data(), **settings, **once, seed=seed)
 
 
 TASKS = tuple(
     Task(
         f"ablation/{ground.name}/{change.name}",
         partial(findings, ground, change),
-        (ground, change),
+        (ground, change, KEPT, DRAWS, SAMPLES),
     )
     for ground in GROUNDS
     for change in ground.changes

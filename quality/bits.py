@@ -67,7 +67,7 @@ def network_findings(training: FieldTraining, lab: Lab, seed: int) -> Iterator[F
     yield _finding(name, found, exact(oracle, x0), NETWORK)
 
 
-QUICK = (Task("bits/oracle", oracle_findings, (SIDES, PICTURES)),)
+QUICK = (Task("bits/oracle", oracle_findings, (SIDES, fields.EXPONENTS, PICTURES)),)
 TASKS = (
     *QUICK,
     *(

@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from quality.fitted import fitted, seconds_of, threads_of
 from quality.harness import Finding, Lab, Task, at_least, at_most
 from undiffuse import evaluation, images, runs
 from undiffuse.checkpoint import Model, load_model
@@ -31,6 +32,11 @@ class Preset:
 
     name: str
     seconds: float  # of training that are allowed on two cores
+
+    @property
+    def config(self) -> RunConfig:
+        """Everything that decides the weights, but for the seed."""
+        return override(RunConfig(), {"data": "digits", "preset": self.name})
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,10 @@ def raw_held_out() -> NDArray[Any]:
     return images.load("digits").held_out.pixels
 
 
-def trained(lab: Lab, preset: Preset, seed: int) -> tuple[Model, float | None]:
-    """The model, and seconds of training where that was done in one go."""
-    config = override(RunConfig(), {"data": "digits", "preset": preset.name, "seed": seed})
-    run = lab.folder(preset.name, config, seed)
-    if not (run / "model.safetensors").exists():
-        resume = "latest" if (run / "checkpoints").exists() else None
-        for event in runs.training_run(runs.Request(config, run, resume=resume)):
-            if isinstance(event, runs.Finished):
-                (run / "seconds.txt").write_text(f"{'' if resume else event.seconds}")
-    seconds = (run / "seconds.txt").read_text()
-    return runs.load(run), float(seconds) if seconds else None
+def trained(lab: Lab, preset: Preset, seed: int) -> tuple[Model, Path]:
+    """The model and its run."""
+    run = lab.folder(preset.name, preset.config, seed)
+    return fitted(run, "digits", preset=preset.name, seed=seed), run
 
 
 def samples(model: Model, count: int, steps: int = 20) -> evaluation.Split:
@@ -86,9 +85,9 @@ def samples(model: Model, count: int, steps: int = 20) -> evaluation.Split:
 
 
 def demo_findings(lab: Lab, seed: int) -> Iterator[Finding]:
-    model, seconds = trained(lab, DEMO, seed)
+    model, run = trained(lab, DEMO, seed)
     yield from accuracy("digits-demo", quality_of(model))
-    yield from within_time("digits-demo", seconds, DEMO)
+    yield within_time(run, DEMO)
 
 
 def quality_of(model: Model) -> dict[str, evaluation.Figure]:
@@ -104,17 +103,19 @@ def accuracy(name: str, figures: dict[str, evaluation.Figure]) -> Iterator[Findi
     yield at_least(f"{name}/class_accuracy", value, bound, "real held-out - 0.01", floor=floor)
 
 
-def within_time(name: str, seconds: float | None, preset: Preset) -> Iterator[Finding]:
-    if seconds is not None:
-        yield at_most(f"{name}/seconds", seconds, preset.seconds, unit="s of training")
+def within_time(run: Path, preset: Preset) -> Finding:
+    seconds, threads = seconds_of(run), threads_of(run)
+    detail = {"threads": threads}
+    unit = "s of training"
+    return at_most(f"{preset.name}/seconds", seconds, preset.seconds, unit=unit, detail=detail)
 
 
 # --- the best: everything -----------------------------------------------------------------------
 
 
 def best_findings(lab: Lab, seed: int) -> Iterator[Finding]:
-    model, seconds = trained(lab, BEST, seed)
-    yield from within_time("digits-best", seconds, BEST)
+    model, run = trained(lab, BEST, seed)
+    yield within_time(run, BEST)
     yield from judged("digits-best", model)
 
 
@@ -153,9 +154,16 @@ def losses(name: str, model: Model, draws: int) -> Iterator[Finding]:
         assert level.held_out is not None
         percent = 100 * (level.held_out / level.bar - 1)
         bound = -GAIN if level.ratio <= LOW + 1e-9 else EVEN
-        detail = {"held_out": level.held_out, "bar": level.bar, "bar_name": level.bar_name}
-        labelled = level.held_out_labelled
-        detail |= {"labelled": labelled, "train_optimum": level.train_optimum, "train": level.train}
+        detail = {
+            "low": level.excess.low,
+            "high": level.excess.high,
+            "held_out": level.held_out,
+            "labelled": level.held_out_labelled,
+            "bar": level.bar,
+            "bar_name": level.bar_name,
+            "train": level.train,
+            "train_optimum": level.train_optimum,
+        }
         where = f"{name}/loss/{level.ratio:g}"
         yield at_most(where, percent, bound, unit="% above the best bar", detail=detail)
 
@@ -169,6 +177,6 @@ def few_steps(name: str, model: Model, count: int) -> Finding:
     return at_most(f"{name}/ten_evaluations", few / many, 1.1, title, unit="ratio", detail=detail)
 
 
-_DEMO = Task("digits-demo", demo_findings, DEMO)
-TASKS = (_DEMO, Task("digits-best", best_findings, BEST))
+_DEMO = Task("digits-demo", demo_findings, (DEMO, DEMO.config, SAMPLES))
+TASKS = (_DEMO, Task("digits-best", best_findings, (BEST, BEST.config, SAMPLES, FULL)))
 QUICK = (_DEMO, Task("digits-best/committed", committed_findings))

@@ -84,7 +84,7 @@ class Lab:
 
     def folder(self, name: str, settings: object, seed: int) -> Path:
         """One training's own folder; other settings or another seed are another one."""
-        return self.kept / f"{name}-{key_of(settings)}-seed{seed}"
+        return self.kept / f"{name}-{key_of((VERSION, settings))}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,13 @@ def read(file: Path) -> list[Numbers]:
     return [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines() if text]
 
 
-def finished(lines: Sequence[Numbers], task: Task, seed: int) -> bool:
-    """Whether the task ran to its end for this seed, as it is now: its last line says so."""
-    return any(
-        one["task"] == task.name and one["seed"] == seed and one["key"] == task.key and one["last"]
+def finished(lines: Sequence[Numbers], task: Task, seed: int) -> list[Numbers]:
+    """What the task said of this seed as it is now, the newest line of every name; nothing where it
+    did not come to its end, which its last line tells."""
+    said = [
+        one
         for one in lines
-    )
+        if (one["task"], one["seed"], one["key"]) == (task.name, seed, task.key)
+    ]
+    newest = {one["name"]: one for one in said}
+    return list(newest.values()) if any(one["last"] for one in said) else []

@@ -91,7 +91,7 @@ def _sections(groups: Mapping[str, Group], charts: Path) -> Iterator[str]:
 def _machines(groups: Mapping[str, Group]) -> str:
     lines = [line for group in groups.values() for line in group]
     machines = dict.fromkeys(
-        f"{m['cpu']}, {m['threads']} threads" for m in (x["machine"] for x in lines)
+        f"{x['machine']['cpu']}, {x['threads']} of {x['machine']['cores']} cores" for x in lines
     )
     commits = dict.fromkeys(line["commit"] for line in lines if line["commit"])
     torch = dict.fromkeys(line["versions"]["torch"] for line in lines)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.harness import commit, load, machine, machine_kind, versions
 from quality import ablation, bits, digits, fields
 from quality.harness import Lab, Numbers, Task, finished, line, read
@@ -69,20 +71,22 @@ def _kept() -> Path:
 def measured(
     tasks: Sequence[Task], lab: Lab, seeds: Sequence[int] | None, results: Path | None
 ) -> list[bool]:
-    """Do what is not done yet; whether each finding that is held against something holds."""
+    """Do what is not done yet; whether each finding that is held against something holds, whether
+    found now or before."""
     about = machine(os.cpu_count() or 1, load())
     file = None if results is None else results / f"{machine_kind(about)}.jsonl"
     verdicts: list[bool] = []
     for task in tasks:
         for seed in task.seeds if seeds is None else seeds:
-            if file is not None and finished(read(file), task, seed):
+            before = [] if file is None else finished(read(file), task, seed)
+            if before:
                 print(f"{task.name} seed {seed}: done before", file=sys.stderr, flush=True)
-                continue
-            verdicts += _measured(task, lab, seed, file)
+            held = [one["holds"] for one in before] or _measured(task, lab, seed, file)
+            verdicts += [one for one in held if one is not None]
     return verdicts
 
 
-def _measured(task: Task, lab: Lab, seed: int, file: Path | None) -> list[bool]:
+def _measured(task: Task, lab: Lab, seed: int, file: Path | None) -> list[bool | None]:
     """Run one task; its last line says that it came to its end."""
     print(f"{task.name} seed {seed} ...", file=sys.stderr, flush=True)
     before, began = load(), time.monotonic()
@@ -90,13 +94,14 @@ def _measured(task: Task, lab: Lab, seed: int, file: Path | None) -> list[bool]:
     seconds = round(time.monotonic() - began, 1)
     about: Numbers = {
         "machine": machine(os.cpu_count() or 1, before),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
     }
     for place, one in enumerate(found, 1):
         tell(line(task, seed, one, {"last": place == len(found), **about}), file)
     print(f"{task.name} seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    return [one.holds for one in found if one.holds is not None]
+    return [one.holds for one in found]
 
 
 def tell(body: Numbers, file: Path | None) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from quality import ablation, digits, page, run
+from quality import ablation, digits, fields, page, run
+from quality.fitted import fitted, seconds_of, threads_of
 from quality.harness import (
     Finding,
     Lab,
@@ -64,7 +66,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     verdicts = run.measured([task], lab, None, tmp_path)
     assert log == [0, 1, 2]
     assert verdicts == [True, True, False]
-    assert run.measured([task], lab, None, tmp_path) == []
+    assert run.measured([task], lab, None, tmp_path) == verdicts  # what was found still counts
     assert log == [0, 1, 2]
     (file,) = tmp_path.glob("*.jsonl")
     last = [one for one in read(file) if one["name"] == "one/other"]
@@ -80,6 +82,40 @@ def test_a_task_that_broke_off_or_changed_is_not_finished(tmp_path: Path) -> Non
     assert not finished(whole, task, 1)
     changed = Task("one", task.run, Settings(steps=4))
     assert not finished(whole, changed, 0)
+
+
+def test_networks_of_another_version_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Lab(tmp_path).folder("one", Settings(), 0)
+    monkeypatch.setattr("quality.harness.VERSION", -1)
+    assert Lab(tmp_path).folder("one", Settings(), 0) != before
+
+
+def test_training_is_timed_over_all_its_parts(tmp_path: Path) -> None:
+    clock = (1.0, 2.5, 4.0, 0.5, 1.5, 0.25)  # gone on with twice
+    lines = [json.dumps({"time": time}) for time in clock]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert seconds_of(tmp_path) == 4.0 + 1.5 + 0.25
+
+
+def test_a_network_is_kept_and_gone_on_with(tmp_path: Path) -> None:
+    data, run = torch.zeros(4, 1, 8, 8), tmp_path / "run"
+    settings = {"max_train_steps": 4, "train_batch_size": 2, "sample_every": 4, "ema_snapshots": 0}
+    model = fitted(run, data, **settings)
+    written = (run / "model.safetensors").read_bytes()
+    assert fitted(run, data, **settings).trained == model.trained
+    (run / "model.safetensors").unlink()  # stopped before its end
+    fitted(run, data, **settings)
+    assert (run / "model.safetensors").read_bytes() == written
+    assert threads_of(run) == torch.get_num_threads()
+    assert seconds_of(run) > 0
+
+
+@pytest.mark.parametrize("values", [(0.1, math.nan, 0.2), (0.1, None, 0.2)])
+def test_a_level_that_is_no_number_is_not_hidden(values: tuple[float | None, ...]) -> None:
+    assert math.isnan(fields.worst(values))
+    assert fields.worst((0.1, 0.3, 0.2)) == 0.3
 
 
 def test_lines_are_json_even_where_numbers_are_not_finite() -> None:
