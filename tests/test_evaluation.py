@@ -469,6 +469,34 @@ def test_the_train_optimum_memorises(digits: tuple[Split, Split]) -> None:
         assert level.held_out == pytest.approx(level.memory, rel=1e-6)
 
 
+def test_the_train_optimum_is_told_as_much_as_the_denoiser() -> None:
+    """The copy that knows the class, judged with labels: nothing lies below its training error."""
+    (_, train), (_, held_out) = two_classes(60, 1), two_classes(40, 2)
+    copy = Model(FiniteSet(train.x0, train.label))
+    ratios = (0.05, 0.1, 3.0)
+    with_label, without = (
+        loss_by_level(copy, train, held_out, draws=2, ratios=ratios, labelled=True, null=null)
+        for null in (False, True)
+    )
+    for report in (with_label, without):
+        assert (report.verdict, report.memorised) == ("memorises", pytest.approx(1, abs=1e-6))
+        for level in report.levels:
+            assert level.over_train_optimum.value == pytest.approx(0, abs=1e-9)
+    assert with_label.levels[-1].train_optimum < 0.7 * without.levels[-1].train_optimum
+
+
+def test_of_a_class_without_training_pictures_the_train_optimum_says_nothing() -> None:
+    (truth, train), (_, held_out) = two_classes(60, 1), two_classes(40, 2)
+    unseen = replace(held_out, label=held_out.label + 1)  # type: ignore[operator]
+    told = Model(lambda x, level, label: truth(x, level))
+    report = loss_by_level(
+        told, train, unseen, draws=1, ratios=(0.3, 1.0), labelled=True, null=False
+    )
+    assert [level.memory for level in report.levels] == [None, None]
+    assert report.memorised is None
+    assert all(level.over_train_optimum.value > 0 for level in report.levels)
+
+
 def gaussian_data(count: int, seed: int) -> tuple[Gaussian, Split]:
     """Pictures from a Gaussian that is known."""
     basis = torch.linalg.qr(torch.randn(25, 25, generator=torch.Generator().manual_seed(0)))[0]

@@ -6,6 +6,7 @@ good network can pass.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,17 @@ def without_label(estimate: Estimate) -> Estimate:
     return lambda x, level, label: estimate(x, level, None)
 
 
+class Told(StrEnum):
+    """What an estimate knows of a picture beside its noised values."""
+
+    NOTHING = "without label"
+    LABEL = "with label"
+
+    def of(self, estimate: Estimate) -> Estimate:
+        """The same estimate, told no more than that."""
+        return without_label(estimate) if self is Told.NOTHING else estimate
+
+
 class Candidate(NamedTuple):
     """An estimate, and the setting it was made with."""
 
@@ -43,9 +55,10 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Bars:
-    """Families of estimates, one of each to be chosen per level; `memory` is the train optimum.
+    """Families of estimates, one of each to be chosen per level.
 
-    `oracle` is the exact estimate of the distribution that the pictures come from, if it is known.
+    `memory` is the train optimum, which takes labels where the pictures have them. `oracle` is the
+    exact estimate of the distribution that the pictures come from, if it is known.
     """
 
     families: Mapping[str, tuple[Candidate, ...]]
@@ -76,7 +89,7 @@ def fit_bars(train: Split, seed: int) -> Bars:
         )
     if why:
         notes.append(f"no class mixture: {why}")
-    return Bars(families, mixture, without_label(FiniteSet(pictures.x0)), pictures, tuple(notes))
+    return Bars(families, mixture, FiniteSet(pictures.x0, pictures.label), pictures, tuple(notes))
 
 
 def _kernel_density(x0: Tensor) -> tuple[Candidate, ...]:

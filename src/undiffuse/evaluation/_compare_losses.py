@@ -1,7 +1,7 @@
 """Two denoisers on the same pictures and noise, level by level: which is closer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from undiffuse.errors import ConfigError, DataError
-from undiffuse.evaluation._bars import Estimate
+from undiffuse.evaluation._bars import Estimate, Told
 from undiffuse.evaluation._losses import (
     RATIOS,
     LevelDenoiser,
     Progress,
+    in_batches,
     measured_on,
-    models_of,
     noised,
     part_of,
     squares,
@@ -24,6 +24,7 @@ from undiffuse.evaluation._losses import (
 )
 from undiffuse.evaluation._split import Split
 from undiffuse.evaluation._spread import (
+    NO_DIFFERENCE,
     Errors,
     Interval,
     in_units,
@@ -33,8 +34,6 @@ from undiffuse.evaluation._spread import (
     steps,
 )
 from undiffuse.noise import NoiseLevel
-
-NO_DIFFERENCE = "no difference seen"
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,9 @@ def compare_losses(
     pictures = measured_on(held_out.on_cpu(), seed)
     pairs = _shared(reached(a.denoiser.schedule, ratios), reached(b.denoiser.schedule, ratios))
     seen = tally(2 * len(pairs) * draws * len(pictures), progress)
-    estimates = [_estimate(one, judged, seen, batch_size) for one in (a, b)]
+    estimates = [
+        judged.of(in_batches(watched(one.denoiser, seen), batch_size, one.device)) for one in (a, b)
+    ]
     errors = [
         tuple(
             _errors(estimate, pictures, level, range(part_of(place), part_of(place) + draws), seed)
@@ -127,7 +128,7 @@ def compare_losses(
             _level(ratio, of_a, of_b, seed)
             for ratio, (of_a, of_b) in zip(ratios, errors, strict=True)
         ),
-        judged={"plain": "without label", "labelled": "with label"}[judged],
+        judged=judged.value,
         nats_per_value=interval(nats, seed),
         pictures=len(pictures),
         values=pictures.x0[0].numel(),
@@ -136,11 +137,11 @@ def compare_losses(
     )
 
 
-def _judged(a: Contender, b: Contender, held_out: Split) -> str:
+def _judged(a: Contender, b: Contender, held_out: Split) -> Told:
     if a.null and b.null:
-        return "plain"
+        return Told.NOTHING
     if a.labelled and b.labelled and held_out.label is not None:
-        return "labelled"
+        return Told.LABEL
     raise ConfigError(
         "one of the denoisers must be told the class, which the other cannot take or the pictures"
         " do not have; their losses cannot be compared"
@@ -158,13 +159,6 @@ def _shared(a: list[NoiseLevel], b: list[NoiseLevel]) -> list[tuple[NoiseLevel, 
     if not pairs:
         raise ConfigError("the schedules of the two denoisers share none of the noise levels")
     return pairs
-
-
-def _estimate(
-    one: Contender, judged: str, seen: Callable[[int], None], batch_size: int
-) -> Estimate:
-    counted, labels = watched(one.denoiser, seen), judged == "labelled"
-    return models_of(counted, batch_size, one.device, labels, one.null)[judged]
 
 
 def _errors(

@@ -19,11 +19,11 @@ from undiffuse.evaluation._losses import Progress, tally
 from undiffuse.evaluation._quality import sample_quality
 from undiffuse.evaluation._quality_figure import LOWER, Figure
 from undiffuse.evaluation._split import Split, shuffled
+from undiffuse.evaluation._spread import NO_DIFFERENCE
 
 SPLITS = 5  # into halves
 SURE = 4.03  # Student's t, 5 degrees of freedom, 99 %: of a hundred figures one differs by chance
 FEWEST = 4  # samples that can be halved
-NO_DIFFERENCE = "no difference seen"
 NOT_MEASURED = "not measured"
 
 Search = Callable[[], Iterable[Tensor]]

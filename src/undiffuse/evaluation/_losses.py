@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError, DataError
-from undiffuse.evaluation._bars import Bars, Candidate, Estimate, fit_bars, without_label
+from undiffuse.evaluation._bars import Bars, Candidate, Estimate, Told, fit_bars
 from undiffuse.evaluation._split import Split, at_most, check_same_shape
 from undiffuse.evaluation._spread import (
     Errors,
@@ -56,8 +56,9 @@ class LevelResult:
     judged error minus `bar`, below 0 where the denoiser wins, and `excess` the same in per cent of
     `bar`. Against an exact oracle it is the mean of (D - D*)^2, which is that difference without
     the noise of both. `nats_per_value` is gap alpha^2 / sigma^2, the integrand over ln sigma/alpha.
-    `train_optimum` is the least possible error on the training pictures, `over_train_optimum` what
-    their error lies above it, and `memory` that same estimate's error on held-out pictures.
+    `train_optimum` is the least possible error on the training pictures for a denoiser that is told
+    as much, `over_train_optimum` what their error lies above it, and `memory` that same estimate's
+    error on held-out pictures; None where these have a class that the training pictures lack.
     """
 
     ratio: float
@@ -75,7 +76,7 @@ class LevelResult:
     train_minus_held_out: Interval
     train_optimum: float
     over_train_optimum: Interval
-    memory: float
+    memory: float | None
     settings: dict[str, float]
 
 
@@ -171,11 +172,12 @@ def loss_by_level(
     bars = replace(fit_bars(train, seed), oracle=oracle)
     unseen = measured_on(held_out, seed)
     trained = at_most(bars.pictures, len(unseen), seed, tag=12)
-    labels = labelled and unseen.label is not None
-    total = len(levels) * draws * (len(unseen) * (int(labels) + int(null)) + len(trained))
-    counted = watched(denoiser, tally(total, progress))
-    models = models_of(counted, batch_size, device, labels, null)
-    job = _Job(models, bars, trained, unseen, draws, seed, known)
+    told = [Told.NOTHING] if null else []
+    told += [Told.LABEL] if labelled and unseen.label is not None else []
+    total = len(levels) * draws * (len(unseen) * len(told) + len(trained))
+    counted = in_batches(watched(denoiser, tally(total, progress)), batch_size, device)
+    models = {one: one.of(counted) for one in told}
+    job = _Job(models, told[0], bars, trained, unseen, draws, seed, known)
     measured = [_measure(job, place, level) for place, level in enumerate(levels)]
     return _report(job, measured, _notes(job, len(held_out), len(ratios) - len(levels)))
 
@@ -245,34 +247,28 @@ def _notes(job: "_Job", held_out: int, out_of_range: int) -> tuple[str, ...]:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def models_of(
-    denoiser: Estimate, batch_size: int, device: torch.device | str, labels: bool, null: bool
-) -> dict[str, Estimate]:
-    """ "plain" and "labelled", as far as the denoiser offers them; the first is the judged one."""
+def in_batches(denoiser: Estimate, batch_size: int, device: torch.device | str) -> Estimate:
+    """The denoiser, given so many pictures at a time on its device."""
 
     @torch.no_grad()
-    def labelled(x: Tensor, level: NoiseLevel, label: Tensor | None) -> Tensor:
+    def estimate(x: Tensor, level: NoiseLevel, label: Tensor | None) -> Tensor:
         classes = [None] * len(x) if label is None else label.to(device).split(batch_size)
         parts = zip(x.to(device).split(batch_size), classes, strict=False)
         return torch.cat([denoiser(part, level, c).cpu() for part, c in parts])
 
-    plain = {"plain": without_label(labelled)} if null else {}
-    return plain | ({"labelled": labelled} if labels else {})
+    return estimate
 
 
 @dataclass(frozen=True)
 class _Job:
-    models: Mapping[str, Estimate]
+    models: Mapping[Told, Estimate]
+    judged: Told
     bars: Bars
     train: Split
     held_out: Split
     draws: int
     seed: int
     known: bool
-
-    @property
-    def judged(self) -> str:
-        return next(iter(self.models))
 
 
 @dataclass(frozen=True)
@@ -285,34 +281,36 @@ class _Measured:
     train: Errors
     train_optimum: Errors
 
-    def bar(self, judged: str) -> str:
+    def bar(self, told: Told) -> str:
         """The oracle, or the best of the bars that know as much as the denoiser does."""
-        if _ORACLES[judged] in self.unseen:
-            return _ORACLES[judged]
-        knows = judged == "labelled" and "given_class" in self.unseen
+        if _ORACLES[told] in self.unseen:
+            return _ORACLES[told]
+        knows = told is Told.LABEL and "given_class" in self.unseen
         names = (*self.bar_names, "given_class") if knows else self.bar_names
         return min(names, key=lambda name: self.unseen[name].mean())
 
-    def gaps(self, judged: str) -> Errors:
-        if judged in self.apart:
-            return self.apart[judged]
-        return self.unseen[judged] - self.unseen[self.bar(judged)]
+    def gaps(self, told: Told) -> Errors:
+        if told in self.apart:
+            return self.apart[told]
+        return self.unseen[told] - self.unseen[self.bar(told)]
 
 
-_ORACLES = {"plain": "oracle", "labelled": "oracle_given_class"}
+_ORACLES = {Told.NOTHING: "oracle", Told.LABEL: "oracle_given_class"}
 
 
 def _measure(job: _Job, place: int, level: NoiseLevel) -> _Measured:
     part = part_of(place)
     chosen = {name: _chosen(family, job, level, part) for name, family in job.bars.families.items()}
     exact = _oracles(job)
+    memory = job.judged.of(job.bars.memory)
     estimates = {**job.models, **exact, **{name: c.estimate for name, c in chosen.items()}}
     if job.bars.given_class is not None and _classes_known(job):
         estimates["given_class"] = job.bars.given_class
-    estimates["memory"] = job.bars.memory
-    known = {"model": job.models[job.judged], "memory": job.bars.memory}
+    if job.judged is Told.NOTHING or _classes_known(job):
+        estimates["memory"] = memory
+    known = {"model": job.models[job.judged], "memory": memory}
     at_train = _errors(known, {}, job.train, level, TRAIN_OFFSET, part, job)[0]
-    best = {name: exact[_ORACLES[name]] for name in job.models if exact}
+    best: dict[str, Estimate] = {told: exact[_ORACLES[told]] for told in job.models if exact}
     unseen, apart = _errors(estimates, best, job.held_out, level, 0, part, job)
     return _Measured(
         ratio=float(level.ratio),
@@ -330,8 +328,7 @@ def _oracles(job: _Job) -> dict[str, Estimate]:
     oracle = job.bars.oracle
     if oracle is None:
         return {}
-    told = {"plain": without_label(oracle), "labelled": oracle}
-    return {_ORACLES[name]: told[name] for name in job.models}
+    return {_ORACLES[told]: told.of(oracle) for told in job.models}
 
 
 def _classes_known(job: _Job) -> bool:
@@ -404,7 +401,7 @@ def _report(job: _Job, measured: list[_Measured], notes: tuple[str, ...]) -> Lev
     verdict, reason = _verdict(levels, beaten, nats, memorised, won)
     return LevelReport(
         levels=levels,
-        judged={"plain": "without label", "labelled": "with label"}[job.judged],
+        judged=job.judged.value,
         beaten=beaten,
         nats_per_value=nats,
         memorised=memorised,
@@ -423,36 +420,36 @@ def _result(job: _Job, m: _Measured) -> LevelResult:
     means = {name: float(errors.mean()) for name, errors in m.unseen.items()}
     bar, gaps = m.bar(job.judged), m.gaps(job.judged)
     gap = interval(gaps, job.seed)
-    both = job.judged != "labelled" and "labelled" in m.unseen
+    both = job.judged is Told.NOTHING and Told.LABEL in m.unseen
     return LevelResult(
         ratio=m.ratio,
-        held_out=means.get("plain"),
-        held_out_labelled=means.get("labelled"),
+        held_out=means.get(Told.NOTHING),
+        held_out_labelled=means.get(Told.LABEL),
         train=float(m.train.mean()),
         bars={name: means[name] for name in m.bar_names},
         mixture_given_class=means.get("given_class"),
         bar=means[bar],
         bar_name=bar,
         gap=gap,
-        gap_labelled=interval(m.gaps("labelled"), job.seed) if both else None,
+        gap_labelled=interval(m.gaps(Told.LABEL), job.seed) if both else None,
         excess=quotient(gaps, m.unseen[bar], job.seed).times(100),
         nats_per_value=gap.value / m.ratio**2,
         train_minus_held_out=difference(m.train, m.unseen[job.judged], job.seed),
         train_optimum=float(m.train_optimum.mean()),
         over_train_optimum=interval(m.train - m.train_optimum, job.seed),
-        memory=means["memory"],
+        memory=means.get("memory"),
         settings=m.settings,
     )
 
 
 def _memorised(
-    levels: Sequence[LevelResult], measured: Sequence[_Measured], judged: str
+    levels: Sequence[LevelResult], measured: Sequence[_Measured], judged: Told
 ) -> float | None:
     """How far train and held-out errors lie apart, as a share of the train optimum's own."""
     pairs = [
         (float(m.unseen[judged].mean()) - level.train, level.memory - level.train_optimum)
         for level, m in zip(levels, measured, strict=True)
-        if level.ratio <= MEMORY_BELOW
+        if level.ratio <= MEMORY_BELOW and level.memory is not None
     ]
     whole = sum(most for _, most in pairs)
     return sum(apart for apart, _ in pairs) / whole if whole > 0 else None

@@ -14,6 +14,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.noise import NoiseLevel, Schedule, Stream, keyed
 
 RESAMPLES = 1000
+NO_DIFFERENCE = "no difference seen"  # where a comparison's interval holds 0
 
 Errors = NDArray[np.float64]  # (n,): per picture, mean over values and draws
 
