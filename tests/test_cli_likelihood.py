@@ -98,7 +98,7 @@ def test_both_splits_of_a_run(ask: Ask) -> None:
     )
     both = np.hypot(train["standard_error"], held_out["standard_error"])
     assert apart["standard_error"] == pytest.approx(both)
-    assert body["reading"] == "256 grey values"
+    assert body["reading"] == "256 levels per value"
     assert body["low"] == pytest.approx(0.002)
     assert (body["trace"], body["values"], body["trained_steps"]) == ("2 probes", 192, 7)
     assert body["warnings"] == []
@@ -178,8 +178,10 @@ def test_as_lines(root: Path, capsys: Capture) -> None:
     assert held_out.startswith("held-out ")
     assert apart.startswith("held-out minus train: ")
     assert "±" in apart
-    assert "256 grey values" in how
+    assert "256 levels per value" in how
     assert "trace: 2 probes" in how
+    # two pictures are repeated for both probes: 2 + 5 * 10 + 2 * 10, and 2 + 5 * 11 + 2 * 11
+    assert "151 network evaluations, with the copies in small batches, and 42 products" in how
 
 
 REFUSED = {

@@ -325,6 +325,25 @@ def test_what_is_counted_is_what_is_done() -> None:
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
 
 
+@pytest.mark.parametrize(("pictures", "probes", "batch_size"), [(2, 8, 64), (5, 6, 20), (5, 3, 4)])
+def test_every_picture_that_goes_through_the_denoiser_is_counted(
+    pictures: int, probes: int, batch_size: int
+) -> None:
+    """Small batches are repeated for the trace, and some pictures need more grids than others."""
+    mixture = clusters(3, 4, 0.05)
+    x0, _ = drawn_in_turn(mixture, pictures)
+    rows = [0]
+
+    def counting(x: Tensor, level: NoiseLevel, label: Tensor | None) -> Tensor:
+        assert len(x) <= batch_size
+        rows[0] += len(x)
+        return mixture(x, level)
+
+    options = {"num_probes": probes, "batch_size": batch_size, "tolerance": 0.2}
+    found = bits_per_dimension(counting, Karras(), x0, reading=Clean(), **options)  # type: ignore[arg-type]
+    assert int(found.evaluations.sum()) == rows[0]
+
+
 # --- readings -----------------------------------------------------------------------------------
 
 
@@ -540,11 +559,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "off the grid": (
         lambda: bits_per_dimension(curl, Karras(), ONE + 0.3, reading=Grid(3)),
-        "3 grey values .* 0.3 spacings",
+        "3 levels per value .* 0.3 spacings",
     ),
     "beyond the grid": (
         lambda: bits_per_dimension(curl, Karras(), ONE + 2.0, reading=Uniform(3)),
-        "3 grey values .* 1 spacings",
+        "3 levels per value .* 1 spacings",
     ),
     "grid": (lambda: Grid(1), "2 levels; got 1"),
     "ratios": (lambda: bound_from_errors(torch.tensor([1.0, 1.0, 2.0]), torch.ones(3)), "rising"),

@@ -66,8 +66,9 @@ def lines(body: Body) -> Iterator[str]:
     split, given = body["splits"][0], ", given their class" if body["given_class"] else ""
     yield (
         f"read as {body['reading']}{given}; sigma/alpha {body['low']:.3g} to {body['high']:.3g};"
-        f" trace: {body['trace']}; {split['evaluations']:.0f} evaluations and"
-        f" {split['products']:.0f} products with the Jacobian per picture"
+        f" trace: {body['trace']}; {split['evaluations']:.0f} network evaluations, with the"
+        f" copies in small batches, and {split['products']:.0f} products with the Jacobian per"
+        " picture"
     )
 
 

@@ -147,7 +147,7 @@ class Flow:
         Small batches are repeated, up to what is allowed at once, for as many directions.
         """
         level, size = self._level(t), len(u)
-        copies = min(self.directions.count, max(1, self.at_once // size))
+        copies = self.copies(size)
         x = (level.alpha * u).to(self.kind).repeat(copies, 1, 1, 1).requires_grad_()
         products: list[Tensor] = []
         with torch.enable_grad():
@@ -159,6 +159,10 @@ class Flow:
                 products.append(along.reshape(-1, size).cpu().double())
         trace = self.directions.columns(torch.cat(products)) * level.alpha
         return x0[:size].detach().cpu().double(), trace
+
+    def copies(self, size: int) -> int:
+        """How often a batch of so many pictures is repeated for the trace."""
+        return min(self.directions.count, max(1, self.at_once // size))
 
     def slope(self, y: Pictures, x0: Pictures, t: float) -> Pictures:
         """dy/dt, from the estimate there."""
@@ -197,9 +201,14 @@ class Carried(NamedTuple):
     moments: Float[Tensor, "n j"]
 
 
-def evaluations(points: int) -> int:
-    """By `carry`: the first slope, five more per step, one per point, and two at the end."""
-    return 1 + 5 * (points + 1) + points + 2
+def cost(flow: Flow, size: int, points: int) -> tuple[int, int]:
+    """Evaluations and products that `carry` takes for each of `size` pictures.
+
+    Evaluations are the first slope, five more per step, the mean at the end and, at every point and
+    at the end, as many as there are copies.
+    """
+    traces = points + 1
+    return 2 + 5 * (points + 1) + flow.copies(size) * traces, flow.directions.count * traces
 
 
 def carry(flow: Flow, u: Pictures, ends: tuple[float, float], points: int, done: Done) -> Carried:

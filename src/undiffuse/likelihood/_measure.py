@@ -17,8 +17,8 @@ from undiffuse.likelihood._flow import (
     Labelled,
     below,
     carry,
+    cost,
     directions,
-    evaluations,
 )
 from undiffuse.likelihood._readings import BYTES, Noised, Point, Reading
 from undiffuse.noise import NoiseLevel, Schedule
@@ -48,7 +48,8 @@ class Likelihood:
     much the bits of `Grid` and `Uniform` are an upper bound.
 
     Args:
-        evaluations: of the denoiser per picture, all grids together.
+        evaluations: of the denoiser per picture, all grids together: how often pictures went
+            through it. For the trace a small batch is repeated until it is full, and all count.
         products: of a vector with its Jacobian, likewise; each costs about an evaluation.
         probes: random vectors per picture; 0 for exact traces.
         low: the ratio sigma / alpha where it was begun.
@@ -138,7 +139,8 @@ def bits_per_dimension(
             schedule.
         high: the highest, which should be far above the pictures' spread.
         first: the position of the first picture; other positions have other random numbers.
-        batch_size: pictures that the denoiser is called with at once; changes rounding only.
+        batch_size: pictures that the denoiser is called with at once; changes rounding, and how
+            many evaluations the trace takes.
         device: where it is called; all else is float64 on the CPU.
         progress: called with the points computed; the total grows where more are needed.
 
@@ -233,12 +235,14 @@ def _measured(
     flow: Flow, point: Point, ends: tuple[float, float], tolerance: float, ticks: _Ticks
 ) -> Likelihood:
     """One batch; a picture takes part in passes until two of them agree."""
-    nats = point.u[0].numel() * math.log(2)  # in a bit per dimension
-    stretch = below(flow, point.u, ends[0]) if point.clean else point.u.new_zeros(len(point.u), 1)
+    nats, size = point.u[0].numel() * math.log(2), len(point.u)  # nats in a bit per dimension
+    stretch, spent = point.u.new_zeros(size, 1), torch.zeros(size, 2, dtype=torch.int64)
+    if point.clean:
+        stretch = below(flow, point.u, ends[0])
+        spent += torch.tensor([flow.copies(size), flow.directions.count])
     found = carry(flow, point.u, ends, GRIDS[0], ticks)
-    error = torch.full((len(point.u),), math.inf, dtype=torch.float64)
-    passes = torch.ones(len(error), dtype=torch.int64)
-    index = torch.arange(len(error))
+    spent += torch.tensor(cost(flow, size, GRIDS[0]))
+    error, index = torch.full((size,), math.inf, dtype=torch.float64), torch.arange(size)
     for before, points in pairwise(GRIDS):
         if before != GRIDS[0]:
             ticks.expect(len(index) * points)
@@ -246,7 +250,7 @@ def _measured(
         error[index] = _apart(finer, Carried(*(part[index] for part in found))) / nats
         for part, fine in zip(found, finer, strict=True):
             part[index] = fine
-        passes[index] += 1
+        spent[index] += torch.tensor(cost(flow, len(index), points))
         index = index[~(error[index] <= tolerance)]
         if not len(index):
             break
@@ -257,8 +261,8 @@ def _measured(
         probe_error=_probe_error(log_density) / nats,
         prior_error=found.prior / nats,
         truncation_error=stretch.mean(1).abs() / nats,
-        evaluations=_summed(passes, evaluations) + int(point.clean),
-        products=flow.directions.count * (_summed(passes, lambda n: n + 1) + int(point.clean)),
+        evaluations=spent[:, 0],
+        products=spent[:, 1],
         probes=flow.directions.probes,
         low=math.exp(ends[0]),
         high=math.exp(ends[1]),
@@ -277,11 +281,6 @@ def _probe_error(log_density: Float[Tensor, "n k"]) -> Values:
     if count == 1:
         return log_density.new_zeros(len(log_density))
     return log_density.std(1) / math.sqrt(count)
-
-
-def _summed(passes: Int[Tensor, "n"], cost: Callable[[int], int]) -> Int[Tensor, "n"]:
-    """The cost of as many passes as each picture took part in."""
-    return torch.tensor([cost(points) for points in GRIDS]).cumsum(0)[passes - 1]
 
 
 # --- beside an exact density --------------------------------------------------------------------
@@ -318,8 +317,8 @@ def beside_exact(
     Args:
         log_density: (x, level) -> ln p(x) at the level, per picture.
         x0: pictures drawn from the data.
-        low: the lowest sigma / alpha, 0.002 by default; where the denoiser was trained for less
-            noise than that it says nothing.
+        low: the lowest sigma / alpha, 0.002 by default; below the noise it was trained on a
+            denoiser says nothing.
         high: the highest.
 
     Raises:

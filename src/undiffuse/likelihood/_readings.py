@@ -101,7 +101,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.levels < 2:
-            raise ConfigError(f"a grid of grey values needs at least 2 levels; got {self.levels}")
+            raise ConfigError(f"a grid of values needs at least 2 levels; got {self.levels}")
 
     @property
     def spacing(self) -> float:
@@ -190,6 +190,6 @@ def _check_on_grid(x0: Tensor, levels: int) -> None:
     off = _off_grid(x0, levels)
     if not off < 0.01:
         raise ConfigError(
-            f"pictures are not of {levels} grey values from -1 to 1: one lies {off:.2g} spacings"
-            " beside them; read them as numbers (Noised), or give their number of levels"
+            f"pictures are not of {levels} levels per value from -1 to 1: one lies {off:.2g}"
+            " spacings beside them; read them as numbers (Noised), or give their number of levels"
         )

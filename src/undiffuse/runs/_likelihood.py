@@ -195,7 +195,9 @@ def _mean(values: Tensor) -> float:
 
 
 def _described(reading: Reading) -> str:
-    return f"{reading.levels} grey values" if isinstance(reading, Grid) else "numbers under noise"
+    return (
+        f"{reading.levels} levels per value" if isinstance(reading, Grid) else "numbers under noise"
+    )
 
 
 def _difference(found: Mapping[str, Likelihood]) -> dict[str, float | None] | None:
