@@ -1,4 +1,6 @@
-"""What each choice of the recipe is worth: one change at a time, on digits and on crops of photos.
+"""What each choice of a recipe is worth: one change at a time, on digits and on crops of photos.
+
+The base is what `--preset digits-demo` and `--preset seconds` take.
 
 The 360 held-out digits, which judge the presets, are never looked at. Of the 1,437 training digits
 the last 287 stand in for them. Crops of photographs are judged on the right part of each, which no
@@ -8,7 +10,7 @@ A change is judged by the summed distance to the closed-form bars in nats per pi
 better), and by what samples score.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,10 +19,10 @@ from quality.fitted import fitted
 from quality.harness import Finding, Lab, Task
 from undiffuse import evaluation, images, runs
 from undiffuse.checkpoint import Model
+from undiffuse.config import RECIPES
 
 KEPT = 1150  # training digits; the others validate
 DRAWS, SAMPLES = 4, 1000
-EARLY = 1 / 8  # of the steps: where the weak model of autoguidance is taken from
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,18 @@ class Ground:
     name: str
     settings: tuple[tuple[str, object], ...]
     changes: tuple[Change, ...] = field(repr=False)  # each has a key of its own
-
-    def data(self) -> images.Data:
-        return _digits() if self.name == "digits" else _photos()
+    data: Callable[[], images.Data] = field(repr=False)
 
 
+# Crops at random are as many as one likes: more steps than the recipe "seconds", smaller batches.
+CROPS = {"preset": "tiny", "max_train_steps": 900, "train_batch_size": 32, "random_flip": True}
+
+# Every choice of the recipes, and what else is usual.
 COMMON = (
     Change("base"),
-    trained("levels centred at 0.3 (EDM's -1.2)", p_mean=-1.2),
-    trained("levels centred at 1 (0.0)", p_mean=0.0),
+    trained("levels centred at sigma 0.3 (EDM)", p_mean=-1.2),
+    trained("levels centred at sigma 1", p_mean=0.0),
+    trained("levels spread 1", p_std=1.0),
     trained("levels spread 1.6", p_std=1.6),
     trained("epsilon prediction", prediction_type="epsilon"),
     trained("v prediction", prediction_type="v_prediction"),
@@ -72,19 +77,22 @@ COMMON = (
     trained(
         "cosine schedule, v", beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
     ),
-    trained("min-SNR 5", snr_gamma=5.0),
     trained("average length 0.02", ema_length=0.02),
     trained("average length 0.2", ema_length=0.2),
     trained("dropout 0.1", dropout=0.1),
     trained("augment 0.12", augment=0.12),
-    trained("stable targets", stable_targets=True),
-    trained("learning rate halved", learning_rate=1e-3),
-    trained("learning rate doubled", learning_rate=4e-3),
     trained("constant learning rate", lr_scheduler="constant"),
     trained("linear decay", lr_scheduler="linear"),
     trained("beta2 0.999", adam_beta2=0.999),
 )
-CLASSES = (
+DIGITS = (
+    trained("without stable targets", stable_targets=False),
+    trained("without more weight on high noise", high_noise_weight=None),
+    trained("without both", stable_targets=False, high_noise_weight=None),
+    trained("without both, min-SNR 5", stable_targets=False, high_noise_weight=None, snr_gamma=5.0),
+    trained("learning rate 0.0015", learning_rate=1.5e-3),
+    trained("learning rate 0.006", learning_rate=6e-3),
+    trained("network tiny", preset="tiny"),
     trained("label dropout 0.3", label_dropout=0.3),
     trained("label dropout 0.5", label_dropout=0.5),
     trained("without classes", class_conditional=False),
@@ -92,14 +100,12 @@ CLASSES = (
     sampled("guidance 1.5 within 0.2 to 2", guidance_scale=1.5, guidance_interval=(0.2, 2.0)),
     sampled("autoguidance 1.5, early average", early=True, guidance_scale=1.5),
 )
-BASE = (("preset", "tiny"), ("max_train_steps", 900), ("learning_rate", 2e-3), ("p_mean", -0.6))
-GROUNDS = (
-    Ground("digits", (*BASE, ("ema_length", 0.1)), (*COMMON, *CLASSES)),
-    Ground(
-        "photos",
-        (*BASE, ("ema_length", 0.1), ("train_batch_size", 32), ("random_flip", True)),
-        tuple(change for change in COMMON if change.name != "stable targets"),  # crops at random
-    ),
+PHOTOS = (
+    trained("learning rate 0.001", learning_rate=1e-3),
+    trained("learning rate 0.004", learning_rate=4e-3),
+    trained("min-SNR 5", snr_gamma=5.0),
+    trained("more weight on high noise", high_noise_weight=10.0),
+    trained("without flips", random_flip=False),
 )
 
 
@@ -121,6 +127,17 @@ def _part(data: images.Dataset, where: slice) -> images.Dataset:
 def _photos() -> images.Data:
     """Grey crops of 16 pixels: small, so that a change costs two minutes."""
     return images.load("photos", images.DataOptions(resolution=(16, 16), channels=1))
+
+
+GROUNDS = (
+    Ground("digits", tuple(RECIPES["digits-demo"].settings.items()), (*COMMON, *DIGITS), _digits),
+    Ground(
+        "photos",
+        tuple({**RECIPES["seconds"].settings, **CROPS}.items()),
+        (*COMMON, *PHOTOS),
+        _photos,
+    ),
+)
 
 
 def findings(ground: Ground, change: Change, lab: Lab, seed: int) -> Iterator[Finding]:
