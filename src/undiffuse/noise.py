@@ -320,8 +320,9 @@ class LeadIn:
     Far above the scale of the pictures the best estimate is their mean (or that of their class)
     wherever x lies, and the path is almost straight: one long step does for the third of all levels
     that `KarrasSpacing` puts there. From `reach` it goes down to 2 % of the spread; the step to the
-    clean level needs no less noise. At 5 to 20 evaluations every sampler here ends 1.3 to 4 times
-    as close to the exact path of small pictures, and with many as close.
+    clean level needs no less noise. At 5 to 20 evaluations the samplers here end 1.1 to 8 times as
+    close to the Gaussian of 8x8 digits (but `dpmpp_2m_sde` with 7, 0.8 times), and with many as
+    close.
 
     Args:
         spread: standard deviation of the pictures' values, such as `KarrasPrecond.sigma_data`.
