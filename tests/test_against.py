@@ -372,12 +372,23 @@ def test_the_command(
     assert len(body["losses"]["levels"]) == 9
 
 
+def test_more_pictures_than_fit_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any is drawn; of pictures there are no more than there are."""
+    many = ["--num-samples", "10000000000", "--data", str(place / "real.npz"), "--device", "cpu"]
+    assert main(["evaluate", str(place / "a"), "--against", str(place / "b"), *many]) == 7
+    assert "num_samples: 20,000,000,000 pictures of 8x8 need" in capsys.readouterr().err
+    made = [runs.holds_model(place / name) for name in ("a", "wide.safetensors", "made.npz")]
+    assert made == [True, True, False]
+
+
 def test_lines(place: Path, options: runs.EvaluateOptions, simple: None) -> None:
     made = runs.compare_runs(place / "a", place / "b", options)
     figure = FigureDifference("recall", 0.9, 0.5, 0.4, 0.123, 0.95, "higher", "a")
     text = lines.comparison_lines(replace(made, figures=(figure,)))
     assert text[0] == f"A: {place / 'a'} (run)"
-    assert text[3].split()[:3] == ["sigma/alpha", "A", "B"]
+    assert text[3].split() == ["sigma/alpha", "A", "B", "A", "above", "B,", "%", "better"]
     assert any(line.startswith("held-out error without label; A - B summed") for line in text)
     assert text[-2].split() == ["recall", "0.9", "0.5", "+0.4", "±", "0.12", "0.95", "A"]
     none = replace(figure, a=None, difference=None, spread=None, better="not measured")

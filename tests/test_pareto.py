@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from undiffuse import drawing, runs
+from undiffuse import drawing, runs, runtime
 from undiffuse.checkpoint import Model, Pictures, save_model
 from undiffuse.cli import _pareto as lines
 from undiffuse.cli import main
@@ -370,6 +370,19 @@ def test_the_command(
     assert len(body["settings"]) == 6
     assert body["reference"]["sampler"] == "ddim"
     assert "network evaluations of a batch, 4 pictures per setting" in err
+
+
+def test_more_pictures_than_fit_are_refused_on_the_chosen_device(
+    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Device] = []
+    choose = runtime.choose_device
+    monkeypatch.setattr(runtime, "choose_device", lambda one: seen.append(one) or choose(one))
+    for pareto in ([], ["--pareto"]):
+        line = ["evaluate", str(start / "run"), "--num-samples", "10000000000", *pareto]
+        assert main([*line, "--device", "cpu"]) == 7
+        assert "num_samples: 10,000,000,000 pictures of 8x8 need" in capsys.readouterr().err
+    assert set(seen) == {Device.CPU}
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from undiffuse import runs
 from undiffuse.cli._arguments import Arguments
-from undiffuse.cli._evaluate import evaluate_options, refuse, signed
-from undiffuse.cli._output import Bars, Output, table
+from undiffuse.cli._evaluate import evaluate_options, judged_count, refuse, signed
+from undiffuse.cli._output import Bars, Output, shown, table
 from undiffuse.evaluation import FigureDifference, LevelDifference, LossDifference
 
 SENSELESS = {
@@ -20,11 +21,12 @@ SENSELESS = {
 def against(arguments: Arguments, out: Output) -> int:
     """`undiffuse evaluate A --against B`."""
     refuse(arguments.given, "against", SENSELESS)
-    given = arguments.given
+    a, b = (Path(arguments.given[name]) for name in ("run", "against"))
+    chosen = evaluate_options(arguments)
+    if runs.holds_model(a) and runs.holds_model(b):  # else no more than there are pictures
+        judged_count(a, chosen, sets=2)
     with Bars(out) as bars:
-        made = runs.compare_runs(
-            given["run"], given["against"], evaluate_options(arguments), bars.reach
-        )
+        made = runs.compare_runs(a, b, chosen, bars.reach)
     for line in comparison_lines(made):
         out.say(line)
     for note in made.notes:
@@ -50,19 +52,19 @@ def _figure_lines(made: runs.Comparison) -> list[str]:
     rows = [heading, *(_figure_row(figure) for figure in made.figures)]
     return [
         *table(rows, right=(1, 2, 3, 4)),
-        "± is half the 99 % interval of chance; beyond real pictures further is no merit",
+        "± is half the 99 % interval of chance; being better than real pictures does not count",
     ]
 
 
 def _figure_row(figure: FigureDifference) -> tuple[str, ...]:
     spread = "" if figure.spread is None else f" ± {figure.spread:.2g}"
     apart = "-" if figure.difference is None else f"{figure.difference:+.3g}{spread}"
-    values = (_shown(figure.a), _shown(figure.b), apart, _shown(figure.floor))
+    values = (shown(figure.a), shown(figure.b), apart, shown(figure.floor))
     return figure.name, *values, _winner(figure.better)
 
 
 def _loss_lines(losses: LossDifference) -> list[str]:
-    heading = ("sigma/alpha", "A", "B", "A over B, %", "better")
+    heading = ("sigma/alpha", "A", "B", "A above B, %", "better")
     rows = [heading, *(_level_row(level) for level in losses.levels)]
     body = losses.asdict()
     nats, bits = signed(body["nats_per_picture"]), signed(body["bits_per_dimension"])
@@ -75,7 +77,7 @@ def _loss_lines(losses: LossDifference) -> list[str]:
 
 def _level_row(level: LevelDifference) -> tuple[str, ...]:
     return (
-        *(_shown(value) for value in (level.ratio, level.a, level.b)),
+        *(shown(value) for value in (level.ratio, level.a, level.b)),
         signed(asdict(level.percent)),
         _winner(level.better),
     )
@@ -83,7 +85,3 @@ def _level_row(level: LevelDifference) -> tuple[str, ...]:
 
 def _winner(better: str) -> str:
     return {"a": "A", "b": "B"}.get(better, better)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

@@ -8,7 +8,7 @@ from typing import Any
 from undiffuse import evaluation, runs
 from undiffuse.cli import _options as options
 from undiffuse.cli._arguments import Arguments
-from undiffuse.cli._output import Bars, Output, table
+from undiffuse.cli._output import Bars, Output, shown, table
 from undiffuse.config import SampleConfig, changed
 from undiffuse.errors import ConfigError, QualityError
 
@@ -37,14 +37,20 @@ def measure(run: Path, chosen: runs.EvaluateOptions, out: Output) -> Body:
 
     What is strange about the pictures is said at the end, in a line each.
     """
-    model = runs.load(run, chosen.weights, chosen.checkpoint, ema_length=chosen.ema_length)
-    count = runs.sample_count(model, chosen.num_samples)
-    options.check_memory(model, count, "num_samples:")
+    judged_count(run, chosen)
     with Bars(out) as bars:
         body = runs.evaluate_run(run, chosen, bars.reach).body
     for warning in body["warnings"]:
         out.warn(warning)
     return body
+
+
+def judged_count(run: Path, chosen: runs.EvaluateOptions, sets: int = 1) -> int:
+    """How many pictures are judged; refused where so many sets of them do not fit in memory."""
+    model = runs.load(run, chosen.weights, chosen.checkpoint, chosen.device, chosen.ema_length)
+    count = runs.sample_count(model, chosen.num_samples)
+    options.check_memory(model, sets * count, "num_samples:")
+    return count
 
 
 def evaluate_options(arguments: Arguments) -> runs.EvaluateOptions:
@@ -94,9 +100,9 @@ class _Limit:
                 f"{self.name} has no value to compare with {self.value:g}: {figure['warning']}"
             )
         if self._passed(figure["value"]):
-            shown, real = _shown(figure["value"]), _shown(figure["floor"])
+            found, real = shown(figure["value"]), shown(figure["floor"])
             raise QualityError(
-                f"{self.name} {shown} is {self.side} {self.value:g} (real pictures: {real})"
+                f"{self.name} {found} is {self.side} {self.value:g} (real pictures: {real})"
             )
 
     def _passed(self, value: float) -> bool:
@@ -152,8 +158,8 @@ def _notes(figures: Sequence[Body]) -> list[str]:
 
 def _figure_row(figure: Body) -> tuple[str, str, str, str, str]:
     spread = figure["floor_std"]
-    floor = _shown(figure["floor"]) + (f" ± {_shown(spread)}" if spread else "")
-    return figure["name"], _shown(figure["value"]), floor, figure["better"], f"{figure['n']:,}"
+    floor = shown(figure["floor"]) + (f" ± {shown(spread)}" if spread else "")
+    return figure["name"], shown(figure["value"]), floor, figure["better"], f"{figure['n']:,}"
 
 
 def level_lines(body: Body) -> list[str]:
@@ -174,7 +180,7 @@ def _level_row(level: Body) -> tuple[str, ...]:
     if judged is None:  # a denoiser that must be told the class
         judged = level.get("held_out_labelled")
     left, right = (level["ratio"], judged, level["bar"]), (level["train"], level["train_optimum"])
-    return *map(_shown, left), best, signed(level.get("excess")), *map(_shown, right)
+    return *map(shown, left), best, signed(level.get("excess")), *map(shown, right)
 
 
 def signed(interval: Body | None, digits: int = 3) -> str:
@@ -192,7 +198,3 @@ def _cost_lines(loss: Body) -> list[str]:
         return []
     nats, bits = signed(loss["nats_per_picture"]), signed(loss["bits_per_dimension"])
     return [f"excess summed over the levels: {nats} nats per picture, {bits} bits per dimension"]
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

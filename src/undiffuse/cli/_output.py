@@ -82,6 +82,11 @@ def count_of(number: int, singular: str) -> str:
     return f"{number:,} {singular}{'' if number == 1 else 's'}"
 
 
+def shown(value: float | None, digits: int = 4) -> str:
+    """A figure; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Rows in columns, the given ones right-aligned; the first row is the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from undiffuse import runs
-from undiffuse.cli import _options as options
 from undiffuse.cli._arguments import Arguments
-from undiffuse.cli._evaluate import evaluate_options, refuse
-from undiffuse.cli._output import Bars, Output, count_of, table
+from undiffuse.cli._evaluate import evaluate_options, judged_count, refuse
+from undiffuse.cli._output import Bars, Output, count_of, shown, table
 from undiffuse.evaluation import SamplerSetting
 
 SENSELESS = {
@@ -22,9 +21,7 @@ def pareto(arguments: Arguments, out: Output) -> int:
     """`undiffuse evaluate RUN --pareto`: writes pareto.json and pareto.png into the run."""
     refuse(arguments.given, "pareto", SENSELESS)
     run, chosen = Path(arguments.given["run"]), evaluate_options(arguments)
-    model = runs.load(run, chosen.weights, chosen.checkpoint, ema_length=chosen.ema_length)
-    count = runs.sample_count(model, chosen.num_samples)
-    options.check_memory(model, count, "num_samples:")
+    count = judged_count(run, chosen)
     with Bars(out) as bars:
         made = runs.pareto_run(run, chosen, _Teller(out, bars, count).reach)
     for line in pareto_lines(made):
@@ -58,7 +55,7 @@ class _Teller:
 
 
 def pareto_lines(made: runs.Pareto) -> list[str]:
-    """Fréchet distances and distances to the exact pictures, and the conclusions."""
+    """Fréchet distances and distances to the pictures of many steps, and the conclusions."""
     n = made.measured["num_samples"]
     against = f"{made.measured['reference_pictures']} {made.measured['against']} pictures"
     return [
@@ -78,7 +75,7 @@ def _grid(
 ) -> list[str]:
     """A row per sampler, a column per budget."""
     cells = {
-        (one.sampler, one.budget): _shown(value) + ("*" if one in marked else " ")
+        (one.sampler, one.budget): shown(value, 3) + ("*" if one in marked else " ")
         for one, value in zip(made.settings, values, strict=True)
     }
     samplers = list(dict.fromkeys(one.sampler for one in made.settings))
@@ -91,7 +88,7 @@ def _grid(
 def _conclusions(made: runs.Pareto) -> list[str]:
     reference, chosen = made.reference, made.recommended
     often = (
-        f"{reference.evaluations} evaluations of {reference.sampler}: {_shown(reference.frechet)}"
+        f"{reference.evaluations} evaluations of {reference.sampler}: {shown(reference.frechet, 3)}"
     )
     steps = ", ".join(f"{one.evaluations} {one.sampler}" for one in made.frontier)
     lines = [often, f"on the frontier: {steps or 'nothing'}"]
@@ -100,9 +97,5 @@ def _conclusions(made: runs.Pareto) -> list[str]:
     return [
         *lines,
         f"recommended: --sampler {chosen.sampler} --num-inference-steps {chosen.steps}, the fewest"
-        f" evaluations ({chosen.evaluations}) within 10 % of that: {_shown(chosen.frechet)}",
+        f" evaluations ({chosen.evaluations}) within 10 % of that: {shown(chosen.frechet, 3)}",
     ]
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

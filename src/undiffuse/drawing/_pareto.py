@@ -26,7 +26,7 @@ _MARKERS = "osD^v<>ph"
 
 
 def draw_pareto(body: Row) -> "Figure":
-    """Fréchet distance, and distance to the exact pictures, over network evaluations.
+    """Fréchet distance, and distance to the pictures of 100 evaluations, over evaluations.
 
     Left a ring marks the best sampler at every number of evaluations; the dashed line is what 100
     evaluations score, the dotted one as many real pictures.

@@ -33,8 +33,8 @@ Search = Callable[[], Iterable[Tensor]]
 class FigureDifference:
     """One figure of both sets; `difference` is a - b and `spread` half its 99 % interval.
 
-    `better` is "a", "b", "no difference seen" or "not measured". Beyond the floor, which is what
-    real pictures score, further is no merit. `direction` is "lower" or "higher".
+    `better` is "a", "b", "no difference seen" or "not measured". Being better than the floor, which
+    is what real pictures score, does not count. `direction` is "lower" or "higher".
     """
 
     name: str

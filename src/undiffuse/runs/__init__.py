@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from undiffuse.runs._against import Comparison, compare_runs
+    from undiffuse.runs._against import Comparison, compare_runs, holds_model
     from undiffuse.runs._editing import (
         Cleaned,
         denoise_pictures,
@@ -98,6 +98,7 @@ __all__ = [
     "format_of",
     "generate",
     "guide",
+    "holds_model",
     "import_model",
     "inpaint",
     "interpolate",
@@ -157,6 +158,7 @@ _HOMES = {
     "format_of": "_exchange",
     "generate": "_generate",
     "guide": "_load",
+    "holds_model": "_against",
     "import_model": "_exchange",
     "inpaint": "_editing",
     "interpolate": "_editing",

@@ -174,15 +174,23 @@ def _sides(paths: tuple[Path, Path], options: EvaluateOptions) -> tuple[_Side, _
     return a, b
 
 
-def _model(path: Path, options: EvaluateOptions) -> Model | None:
-    """The model there; None where there are pictures."""
+def holds_model(path: Path) -> bool:
+    """Whether a run or a model file is there; else there are pictures.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
     if not path.exists():
         raise CheckpointError(missing_run(path))
     folder = RunFolder(path)
-    is_run = path.is_dir() and any(
-        one.exists() for one in (folder.config, folder.model, folder.checkpoints)
-    )
-    if not is_run and path.suffix != MODEL_SUFFIX:
+    parts = (folder.config, folder.model, folder.checkpoints)
+    is_run = path.is_dir() and any(one.exists() for one in parts)
+    return is_run or path.suffix == MODEL_SUFFIX
+
+
+def _model(path: Path, options: EvaluateOptions) -> Model | None:
+    """The model there; None where there are pictures."""
+    if not holds_model(path):
         return None
     return load(path, options.weights, options.checkpoint, options.device, options.ema_length)
 

@@ -46,10 +46,10 @@ PAIRED = 250  # pictures whose distances to their references are measured; these
 class Pareto:
     """All settings, and what follows from them.
 
-    `reference` is the Fréchet distance at 100 evaluations of the sampler that was asked for: all
-    deterministic ones make the same pictures there, as their `rms` shows. `floor` is what as many
-    real pictures score. `best` holds one setting per budget and `frontier` those that no setting of
-    as few evaluations beats; `recommended` has the fewest evaluations within 10 % of `reference`.
+    `reference` is the Fréchet distance at 100 evaluations of the sampler that was asked for, and
+    `floor` what as many real pictures score. `best` holds one setting per budget and `frontier`
+    those that no setting of as few evaluations beats; `recommended` has the fewest evaluations
+    within 10 % of `reference`.
     """
 
     settings: tuple[SamplerSetting, ...]
