@@ -52,7 +52,7 @@ class Effort:
     samples: int
 
 
-FULL, QUICK_LOOK = Effort(32, 5000), Effort(8, 1440)
+FULL, QUICK_LOOK = Effort(16, 2000), Effort(4, 1440)
 DEMO = Preset("digits-demo", 90.0)
 BEST = Preset("digits-best", 900.0)
 
