@@ -94,6 +94,15 @@ def test_help_says_defaults_that_are_zero_or_false(capsys: Capture) -> None:
     assert "use class labels where the data have them (default: on)" in out
 
 
+def test_help_says_the_defaults_of_its_own_command(capsys: Capture) -> None:
+    """`evaluate` computes more pictures at once than `sample`, and every path has a default."""
+    for command, size in (("evaluate", runs.EvaluateOptions().sampling.batch_size), ("sample", 64)):
+        assert main([command, "--help"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"pictures computed at once; changes rounding only (default: {size})" in out
+        assert "where to compute (default: auto)" in out
+
+
 @pytest.mark.parametrize("words", [["--version"], ["train", "--version"]])
 def test_version(words: list[str], capsys: Capture) -> None:
     assert main(words) == 0

@@ -528,7 +528,7 @@ def test_the_page_says_once_what_is_true_of_most_and_folds_doubles_away(
     assert page.count("samples repeat training pictures") == 1
     shown, folded = page.split("<summary>The same in principal components")
     assert "Moved copies" in shown
-    assert "Fréchet distance, endless" in shown
+    assert "Fréchet distance for infinitely many samples" in shown
     assert ", pixels" not in shown
     for title in ("Fréchet distance", "Kernel distance", "Recall", "Coverage"):
         assert f"{title}, pixels" in folded

@@ -159,7 +159,7 @@ class DataConfig(Checked):
         None, "N or HxW in pixels (default: the pictures' common size)"
     )
     channels: int | None = option(None, "1 grey, 3 colour, 4 with alpha (default: detected)", 1)
-    background: str = option("white", "colour under transparent pixels")
+    background: str = option("white", "colour behind transparent pixels")
     random_flip: bool = option(False, "mirror half of the pictures")
     random_crop: bool = option(False, "store pictures 1/8 larger and crop at random")
     on_bad_image: BadImage = option(BadImage.SKIP, "what to do with an unreadable picture")
@@ -175,7 +175,7 @@ class ModelConfig(Checked):
     preset: str | None = option(
         None, "a network (default: tiny up to 32 pixels, else light) or a recipe, such as minutes"
     )
-    dropout: float = option(0.0, "inside residual blocks", 0.0, below=1.0)
+    dropout: float = option(0.0, "dropout inside residual blocks", 0.0, below=1.0)
     class_conditional: bool = option(True, "use class labels where the data have them")
     prediction_type: PredictionType | None = option(
         None, "what the network predicts (default: as usual with the schedule, or as --init-from)"
@@ -183,33 +183,40 @@ class ModelConfig(Checked):
     beta_schedule: BetaSchedule | None = option(
         None, "noise schedule (default: karras, or that of --init-from)"
     )
-    num_train_timesteps: int = option(1000, "length of the beta tables", 2, at_most=1_000_000)
+    num_train_timesteps: int = option(
+        1000, "number of noise levels in beta schedules", 2, at_most=1_000_000
+    )
     p_mean: float = option(-1.2, "mean of ln(sigma/alpha) in training (karras)")
-    p_std: float = option(1.2, "deviation of ln(sigma/alpha) in training (karras)", above=0.0)
+    p_std: float = option(1.2, "standard deviation of the same (karras)", above=0.0)
     high_noise_weight: float | None = option(
         None,
-        "loss weight 1 + (sigma/alpha/sigma_data)^2 up to this; 10 suits --stable-targets",
+        "loss weight 1 + (sigma/alpha/sigma_data)^2, at most this (default: 1 throughout; 10 suits"
+        " --stable-targets)",
         1.0,
     )
-    snr_gamma: float | None = option(None, "min-SNR weighting (2303.09556); 5 is usual", above=0.0)
+    snr_gamma: float | None = option(
+        None, "gamma of min-SNR weighting (2303.09556; default: none; 5 is usual)", above=0.0
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
     """How the weights are found."""
 
-    max_train_steps: int = option(10_000, "optimiser steps; training always ends", 1)
+    max_train_steps: int = option(10_000, "optimiser steps", 1)
     train_batch_size: int = option(64, "pictures per optimiser step", 1)
     gradient_accumulation_steps: int | None = option(
         None, "parts that a batch is computed in (default: as few as fit in memory)", 1
     )
     learning_rate: float = option(1e-3, "highest learning rate", above=0.0)
-    lr_scheduler: LrScheduler = option(LrScheduler.COSINE, "decay after the warm-up")
+    lr_scheduler: LrScheduler = option(
+        LrScheduler.COSINE, "how the learning rate decays after the warm-up"
+    )
     lr_warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", 0)
-    adam_beta1: float = option(0.9, "AdamW", 0.0, below=1.0)
-    adam_beta2: float = option(0.99, "AdamW", 0.0, below=1.0)
-    adam_epsilon: float = option(1e-8, "AdamW", above=0.0)
-    adam_weight_decay: float = option(0.0, "AdamW", 0.0)
+    adam_beta1: float = option(0.9, "beta1 of AdamW", 0.0, below=1.0)
+    adam_beta2: float = option(0.99, "beta2 of AdamW", 0.0, below=1.0)
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0.0)
+    adam_weight_decay: float = option(0.0, "weight decay of AdamW", 0.0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0.0)
     label_dropout: float = option(0.1, "share of labels replaced by 'no class'", 0.0, at_most=1.0)
     stable_targets: bool = option(
@@ -219,21 +226,25 @@ class TrainConfig(Checked):
     )
     augment: float = option(
         0.0,
-        "probability of each transformation, of which the network is told, so that none is drawn"
-        " (2206.00364); 0.12 is usual below 10,000 pictures",
+        "probability of each transformation (mirror, shift, scale, turn, stretch), of which the"
+        " network is told, so that samples show none (2206.00364); 0.12 is usual below 10,000"
+        " pictures",
         0.0,
         at_most=1.0,
     )
     ema_length: float = option(
-        0.05, "relative length of the weights' average (2312.02696)", 0.005, at_most=0.25
-    )
-    ema_second_length: float | None = option(
-        None,
-        "length of a second one beside it (default: twice ema_length; the same length: none)",
+        0.05,
+        "length of the weights' average, as a share of the steps (2312.02696)",
         0.005,
         at_most=0.25,
     )
-    seed: int = option(0, "of everything random", 0, below=2**63)
+    ema_second_length: float | None = option(
+        None,
+        "length of a second average beside it (default: twice --ema-length; the same: none)",
+        0.005,
+        at_most=0.25,
+    )
+    seed: int = option(0, "seed of everything random", 0, below=2**63)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,11 +275,16 @@ class RuntimeConfig(Checked):
     """What the arithmetic runs on."""
 
     device: Device = option(Device.AUTO, "where to compute")
-    mixed_precision: Precision = option(Precision.AUTO, "auto times one step both ways")
-    gradient_checkpointing: bool = option(
-        False, "compute activations again instead of keeping them; automatic where memory is short"
+    mixed_precision: Precision = option(
+        Precision.AUTO, "bf16 inside the network; auto: if a timed step is faster with it"
     )
-    torch_compile: bool = option(False, "compile a bf16 network: minutes at first, then kept")
+    gradient_checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass; automatic where memory is short",
+    )
+    torch_compile: bool = option(
+        False, "compile the network where it runs in bf16: minutes at first, then kept"
+    )
 
 
 @dataclass(frozen=True)
@@ -281,33 +297,42 @@ class LogConfig(Checked):
     num_samples: int = option(16, "pictures in a sample grid", 1, at_most=10_000)
     ema_snapshots: int = option(
         8,
-        "times that the averages are kept, so that any length can be rebuilt; 0 none",
+        "times in a run that the averages are kept, so that any length can be rebuilt; 0: never",
         0,
         at_most=100,
     )
-    report_to: Tracker = option(Tracker.NONE, "also log there")
+    report_to: Tracker = option(Tracker.NONE, "also log to this tracker")
 
 
 @dataclass(frozen=True)
 class SampleConfig(Checked):
     """How pictures are generated."""
 
-    num_images: int = option(16, "pictures", 1)
+    num_images: int = option(16, "how many pictures", 1)
     num_inference_steps: int = option(20, "steps of the sampler", 1, at_most=10_000)
-    sampler: SamplerName = option(SamplerName.DPMPP_2M, "the sampler")
-    eta: float = option(0.0, "fresh noise in ddim: 0 none, 1 as ddpm", 0.0, at_most=1.0)
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none")
+    sampler: SamplerName = option(
+        SamplerName.DPMPP_2M, "sampling method; heun evaluates the network twice per step"
+    )
+    eta: float = option(
+        0.0, "noise that ddim adds in every step: 0 none, 1 as much as ddpm", 0.0, at_most=1.0
+    )
+    guidance_scale: float = option(1.0, "strength of classifier-free guidance; 1 is none")
     guidance_low: float = option(0.0, "no guidance at noise levels sigma/alpha below this", 0.0)
     guidance_high: float | None = option(
-        None, "no guidance at noise levels sigma/alpha above this (2404.07724)", above=0.0
+        None,
+        "no guidance at noise levels sigma/alpha above this (2404.07724; default: no limit)",
+        above=0.0,
     )
     class_label: tuple[str, ...] = option((), "class names or numbers (default: all in turn)")
-    seed: int = option(0, "picture n depends on (seed, n) alone", 0, below=2**63)
+    seed: int = option(0, "seed of the noise; picture n depends on (seed, n) alone", 0, below=2**63)
     batch_size: int = option(64, "pictures computed at once; changes rounding only", 1)
     mixed_precision: Precision = option(
-        Precision.AUTO, "bf16 inside the network; auto: where it is wide and the machine fast at it"
+        Precision.AUTO,
+        "bf16 inside the network; auto: if it is wide and the machine fast at it",
     )
-    torch_compile: bool = option(False, "compile a bf16 network: minutes at first, then kept")
+    torch_compile: bool = option(
+        False, "compile the network where it runs in bf16: minutes at first, then kept"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -321,6 +346,9 @@ class SampleConfig(Checked):
     def guidance_interval(self) -> tuple[float, float]:
         """The noise levels that are guided, lowest and highest."""
         return self.guidance_low, math.inf if self.guidance_high is None else self.guidance_high
+
+
+JUDGED = SampleConfig(batch_size=250)  # of pictures that are judged; how many is asked elsewhere
 
 
 @dataclass(frozen=True)

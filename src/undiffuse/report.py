@@ -459,8 +459,9 @@ _IN_FEATURES: Mapping[str, tuple[str, str]] = {  # `Figure.name` -> heading, wha
         "How far samples as a whole are from real pictures, in a classifier's features.",
     ),
     "frechet_infinity": (
-        "Fréchet distance, endless",
-        "What it would be with infinitely many pictures. Real ones have 0, but for chance.",
+        "Fréchet distance for infinitely many samples",
+        "What it would be without the share that their finite number adds. Real pictures have 0,"
+        " but for chance.",
     ),
     "kernel": (
         "Kernel distance",

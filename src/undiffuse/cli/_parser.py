@@ -212,24 +212,28 @@ def _add_global(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(*flags, action="store_true", default=argparse.SUPPRESS, help=text)
     version = f"undiffuse {__version__}"
-    group.add_argument("--version", action="version", version=version, help="say it and stop")
+    group.add_argument(
+        "--version", action="version", version=version, help="print the version and exit"
+    )
 
 
-def _add_section(parser: argparse.ArgumentParser, section: type, *without: str) -> None:
+def _add_section(parser: argparse.ArgumentParser, section: Any, *without: str) -> None:
+    """section: a dataclass of settings with the defaults that are shown."""
     group = parser.add_argument_group((section.__doc__ or "").strip().splitlines()[0].rstrip("."))
     for one in fields(section):
         if one.name not in without:
-            _add_option(group, one)
+            _add_option(group, one, getattr(section, one.name))
 
 
-def _add_option(group: Any, one: Field[Any]) -> None:  # argparse's group type has no public name
+def _add_option(group: Any, one: Field[Any], default: Any) -> None:
+    """group: argparse's type of it has no public name."""
     flag = "--" + one.name.replace("_", "-")
     kinds = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
     text = str(one.metadata["help"]).replace("%", "%%")
-    shown = one.default.value if isinstance(one.default, StrEnum) else one.default
+    shown = default.value if isinstance(default, StrEnum) else default
     if kinds[0] is bool:
-        shown = "on" if one.default else "off"
-    if one.default not in (None, ()):
+        shown = "on" if default else "off"
+    if default not in (None, ()):
         text += f" (default: {shown})"
     if kinds[0] is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
@@ -249,7 +253,7 @@ def _metavar(kind: Any) -> str:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="digits|photos", help="what to learn (default: digits)")
     parser.add_argument("--output-dir", metavar="RUN", help="run folder (default: runs/demo)")
-    parser.add_argument("--seed", metavar="N", help="of everything random (default: 0)")
+    parser.add_argument("--seed", metavar="N", help="seed of everything random (default: 0)")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -257,56 +261,77 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "data", metavar="DATA", nargs="?", help=fields(config.DataConfig)[0].metadata["help"]
     )
     parser.add_argument("--output-dir", metavar="RUN", help="run folder (default: runs/DATA-001)")
-    parser.add_argument("--config", metavar="FILE", help="settings from JSON or TOML")
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON or TOML file")
     parser.add_argument(
         "--resume-from-checkpoint",
         metavar="latest|STEP",
         help="go on with the run in --output-dir; DATA and settings come from there",
     )
-    parser.add_argument("--init-from", metavar="MODEL", help="start from these weights")
     parser.add_argument(
-        "--accept-data-change", action="store_true", default=None, help="resume on changed data"
+        "--init-from", metavar="MODEL", help="start from the weights of this run or model file"
     )
     parser.add_argument(
-        "-n", "--dry-run", action="store_true", default=None, help="say what would happen"
+        "--accept-data-change",
+        action="store_true",
+        default=None,
+        help="resume although the pictures have changed",
     )
-    _add_section(parser, config.DataConfig, "data")
+    parser.add_argument(
+        *("-n", "--dry-run"), action="store_true", default=None, help="only say what would happen"
+    )
+    _add_section(parser, config.DataConfig(), "data")
     for section in (
-        config.ModelConfig,
-        config.TrainConfig,
-        config.RuntimeConfig,
-        config.LogConfig,
+        config.ModelConfig(),
+        config.TrainConfig(),
+        config.RuntimeConfig(),
+        config.LogConfig(),
     ):
         _add_section(parser, section)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder or a model file")
-    parser.add_argument("--weights", metavar="ema|raw", help="(default: ema)")
-    parser.add_argument("--checkpoint", metavar="STEP", help="of this step, not the finished model")
+    _add_weights(parser)
     parser.add_argument(
-        "--ema-length", metavar="X", help="rebuild the average of this length (2312.02696)"
+        "--ema-length",
+        metavar="X",
+        help="rebuild the weights' average of this length, as a share of the steps, such as 0.08"
+        " (2312.02696; default: as trained)",
     )
-    parser.add_argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute")
+    parser.add_argument(
+        "--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"
+    )
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", metavar="ema|raw", help="averaged or as last updated (default: ema)"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="STEP", help="the model at this step (default: the last)"
+    )
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("-n", dest="num_images", metavar="N", help="the same as --num-images")
-    _add_section(parser, config.SampleConfig)
+    _add_section(parser, config.SampleConfig())
     _add_autoguidance(parser)
     parser.add_argument(
         "--format", metavar="grid|png|npz", help="one grid, single files, an array (default: grid)"
     )
     parser.add_argument("--film", metavar="webp|gif", help="also an animation of the denoising")
-    parser.add_argument("--output-dir", metavar="DIR", help="(default: RUN/samples)")
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="where the files go (default: RUN/samples)"
+    )
 
 
 def _add_autoguidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--autoguidance",
         metavar="early|STEP|RUN",
-        help="guide with a weaker model: an early average of this run, or another one (2406.02507)",
+        help="guide with a weaker model, by --guidance-scale: an early average of this run, its"
+        " average at a step, or another run (2406.02507)",
     )
 
 
@@ -316,50 +341,59 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sigma",
         metavar="X|auto",
-        help="standard deviation of the noise, for pictures in -1...1 (default: auto, estimated as"
-        " the level at which the picture is most likely)",
+        help="standard deviation of the noise, for pictures in -1...1 (default: auto, the level at"
+        " which the picture is most likely)",
     )
-    parser.add_argument("--clean", metavar="FILE", nargs="+", help="the same without noise")
+    parser.add_argument(
+        "--clean",
+        metavar="FILE",
+        nargs="+",
+        help="the clean pictures, one per IMAGE: prints PSNR and SSIM",
+    )
     parser.add_argument(
         "--add-noise",
         action="store_true",
         default=None,
-        help="the pictures are clean: add noise of --sigma first (default: 0.2)",
+        help="the pictures are clean: first add noise of --sigma, here 0.2 by default",
     )
     parser.add_argument(
         "--compare",
         action="store_true",
         default=None,
-        help="also clean with Wiener filters and non-local means (extra `compare`)",
+        help="also denoise with Wiener filters and non-local means (needs the extra `compare`)",
     )
     parser.add_argument(
         "--num-inference-steps",
         metavar="N",
-        help="draw one of the pictures that it may have been, sharp but less close, in N steps of"
-        " a sampler (default: their mean, in one step)",
+        help="draw one of the pictures that it may have been, in N steps: sharper, but further from"
+        " the true one (default: their mean, in one step)",
     )
-    parser.add_argument("--class-label", metavar="CLASS", help="what they show (default: no class)")
+    parser.add_argument(
+        "--class-label", metavar="CLASS", help="what the pictures show (default: no class)"
+    )
     parser.add_argument(
         "--tile",
         metavar="N",
-        help="cut larger pictures into overlapping squares of N pixels; 0 never cuts (default:"
+        help="denoise larger pictures in overlapping squares of N x N pixels; 0: never (default:"
         " twice the side of the pictures the network was trained on)",
     )
-    parser.add_argument("--seed", metavar="N", help="of noise and sampler (default: 0)")
-    parser.add_argument("--output-dir", metavar="DIR", help="(default: RUN/denoised)")
+    parser.add_argument("--seed", metavar="N", help="seed of noise and sampler (default: 0)")
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="where the files go (default: RUN/denoised)"
+    )
 
 
 def _add_inpaint(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("image", metavar="IMAGE", help="a picture of the network's size")
-    parser.add_argument("mask", metavar="MASK", help="of the same size, white where to fill")
+    parser.add_argument("mask", metavar="MASK", help="a picture of that size, white where to fill")
     parser.add_argument(
         "--num-resamples",
         metavar="N",
-        help="by RePaint (2201.09865) with N repeats of every step, which needs no derivative"
-        " (default: by moment matching, 2405.13712, closer in less time)",
+        help="use RePaint (2201.09865), which takes every step N times and needs no derivative"
+        " (default: moment matching, 2405.13712, closer in less time)",
     )
-    _add_results(parser, 4, "inpainted", "sampler")
+    _add_results(parser, "different fillings (default: 4)", "inpainted", "sampler")
     _add_autoguidance(parser)
 
 
@@ -369,45 +403,58 @@ def _add_edit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength",
         metavar="X",
-        help="how much noise to add and take away again, as the share of the sampler's steps: 0"
-        " returns the picture, 1 has not seen it (default: 0.5)",
+        help="how much noise to add and remove again, as a share of the sampler's steps: 0 returns"
+        " the picture, 1 ignores it (default: 0.5)",
     )
-    _add_results(parser, 4, "edited")
+    _add_results(parser, "results per picture (default: 4)", "edited")
     _add_autoguidance(parser)
 
 
 def _add_interpolate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     for name in ("a", "b"):
-        parser.add_argument(name, metavar=name.upper(), help="a seed, or a picture of its size")
+        parser.add_argument(
+            name, metavar=name.upper(), help="a seed, or a picture of the network's size"
+        )
     without = ("sampler", "seed", "guidance_low", "guidance_high")
-    _add_results(parser, 8, "interpolated", *without)
+    _add_results(parser, "pictures from A to B, with both (default: 8)", "interpolated", *without)
     parser.add_argument("--film", metavar="webp|gif", help="also an animation, there and back")
 
 
-def _add_results(parser: argparse.ArgumentParser, count: int, folder: str, *without: str) -> None:
+def _add_results(parser: argparse.ArgumentParser, count: str, folder: str, *without: str) -> None:
     """How many pictures to make, of what, and how: `SampleConfig` with other defaults."""
+    parser.add_argument(*("-n", "--num-images"), metavar="N", help=count)
     parser.add_argument(
-        *("-n", "--num-images"), metavar="N", help=f"results per picture (default: {count})"
-    )
-    parser.add_argument(
-        "--class-label", metavar="CLASS", nargs="+", help="names or numbers (default: no class)"
+        "--class-label",
+        metavar="CLASS",
+        nargs="+",
+        help="class names or numbers (default: no class)",
     )
     own = ("num_images", "class_label", "eta", "torch_compile")
-    _add_section(parser, config.SampleConfig, *own, *without)
-    parser.add_argument("--output-dir", metavar="DIR", help=f"(default: RUN/{folder})")
+    _add_section(parser, config.SampleConfig(), *own, *without)
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help=f"where the files go (default: RUN/{folder})"
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="DATA", help="real pictures, as for `train` (default: the run's own)"
+    )
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    parser.add_argument("--data", metavar="DATA", help="(default: the run's own)")
+    _add_data(parser)
     parser.add_argument(
         "--num-samples",
         metavar="N",
-        help="pictures to judge (default: 1000 up to 16x16, fewer of larger ones, at least 100)",
+        help="generated pictures (default: 1000 up to 16x16, fewer of larger ones, at least 100)",
     )
     parser.add_argument(
-        "--draws", metavar="N", help="noise draws per held-out picture (default: by size, up to 4)"
+        "--draws",
+        metavar="N",
+        help="draws of noise per held-out picture (default: 4, fewer of large data)",
     )
     parser.add_argument(
         "--features",
@@ -418,53 +465,62 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--features-output", metavar="NAME", help="which output of it (default: the first)"
     )
     without = ("num_images", "eta", "class_label")
-    _add_section(parser, config.SampleConfig, *without)
+    _add_section(parser, config.JUDGED, *without)
     _add_autoguidance(parser)
     parser.add_argument(
         "--pareto",
         action="store_true",
         default=None,
-        help="instead: quality against network evaluations for every sampler, in RUN/pareto.json",
+        help="measure quality against network evaluations for every sampler instead; writes"
+        " RUN/pareto.json and .png",
     )
     parser.add_argument(
         "--against",
         metavar="B",
-        help="instead: which differences from B are real; a run, a model file or pictures, as RUN",
+        help="compare with B instead and say which differences are more than chance; B is a run, a"
+        " model file or pictures, and so may RUN be",
     )
     parser.add_argument(
-        "--fail-above", metavar="NAME=X", help="exit with 6 if that figure is above X"
+        "--fail-above",
+        metavar="NAME=X",
+        help="exit with 6 if a figure is above X, such as frechet=3",
     )
     parser.add_argument(
-        "--fail-below", metavar="NAME=X", help="exit with 6 if that figure is below X"
+        "--fail-below",
+        metavar="NAME=X",
+        help="exit with 6 if a figure is below X, such as recall=0.5",
     )
 
 
 def _add_likelihood(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    parser.add_argument("--data", metavar="DATA", help="(default: the run's own)")
-    parser.add_argument("--split", metavar="train|held-out|both", help="(default: both)")
+    _add_data(parser)
+    parser.add_argument("--split", metavar="train|held-out|both", help="which (default: both)")
     parser.add_argument(
         "--num-images",
         metavar="N",
-        help="pictures of each split (default: 50 of 8x8, fewer of larger ones, at least 8)",
+        help="pictures of each split (default: 50 up to 12x12, fewer of larger ones, at least 8)",
     )
     parser.add_argument(
         "--num-probes",
         metavar="N|exact",
-        help="random vectors for the trace (default: exact up to 256 values per picture, else 8)",
+        help="random vectors that the trace of the Jacobian is estimated with (default: exact up to"
+        " 256 values per picture, else 8)",
     )
     parser.add_argument(
         "--tolerance",
         metavar="X",
-        help="estimated error of the integral in bits per dimension (default: 0.01)",
+        help="largest estimated error of the integral, in bits per dimension (default: 0.01)",
     )
     parser.add_argument(
         "--given-class",
         action="store_true",
         default=None,
-        help="of pictures given their class (default: of pictures alone, where the model can)",
+        help="likelihood given the class (default: without, unless the model must be told)",
     )
-    parser.add_argument("--seed", metavar="N", help="of dequantising and probes (default: 0)")
+    parser.add_argument(
+        "--seed", metavar="N", help="seed of the random vectors and of dequantising (default: 0)"
+    )
 
 
 def _add_describe(parser: argparse.ArgumentParser) -> None:
@@ -474,14 +530,18 @@ def _add_describe(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="a preset, a run, a model file or a folder of pictures (default: what there is)",
     )
-    parser.add_argument("--resolution", metavar="N|HxW", help="picture size for shapes and FLOPs")
-    parser.add_argument("--channels", metavar="N", help="of the pictures (default: 3)")
-    parser.add_argument("--classes", metavar="N", help="number of classes (default: 0)")
+    parser.add_argument(
+        "--resolution",
+        metavar="N|HxW",
+        help="picture size for shapes and FLOPs (default: the target's own)",
+    )
+    parser.add_argument("--channels", metavar="N", help="channels of a preset (default: 3)")
+    parser.add_argument("--classes", metavar="N", help="classes of a preset (default: 0)")
     parser.add_argument(
         "--output", metavar="FILE", help="draw the U as .svg or .png, pictures as a contact sheet"
     )
     parser.add_argument(
-        "--animate", action="store_true", default=None, help="let the data flow through the .svg"
+        "--animate", action="store_true", default=None, help="show in the .svg how data flow"
     )
 
 
@@ -490,35 +550,50 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "path", metavar="PATH", help="a folder of diffusers, or a .safetensors, .pt or .bin file"
     )
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="(default: runs/NAME/model.safetensors)"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the model file (default: runs/NAME/model.safetensors)",
     )
-    _add_section(parser, config.ImportConfig)
+    _add_section(parser, config.ImportConfig())
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder or a model file")
-    parser.add_argument("--weights", metavar="ema|raw", help="(default: ema)")
-    parser.add_argument("--checkpoint", metavar="STEP", help="of this step, not the finished model")
+    _add_weights(parser)
     parser.add_argument(
         "-o",
         "--output",
         metavar="PATH",
         help="a folder for diffusers, else a file (default: in RUN)",
     )
-    _add_section(parser, config.ExportConfig)
+    _add_section(parser, config.ExportConfig())
 
 
 def _add_average(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--ema-length", metavar="X", help="as a share of the steps, such as 0.08")
-    parser.add_argument("--checkpoint", metavar="STEP", help="as if the run had ended there")
-    parser.add_argument("-o", "--output", metavar="FILE", help="(default: RUN/ema-X.safetensors)")
+    parser.add_argument(
+        "--ema-length",
+        metavar="X",
+        help="length of the average, as a share of the steps, such as 0.08; must be given",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        help="as if the run had ended at this step (default: the last)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the model file (default: RUN/ema-X.safetensors)",
+    )
     parser.add_argument("--force", action="store_true", default=None, help="replace the file there")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--output", metavar="FILE", help="(default: RUN/report.html)")
+    parser.add_argument("--output", metavar="FILE", help="the page (default: RUN/report.html)")
 
 
 def _add_nothing(parser: argparse.ArgumentParser) -> None:
@@ -550,10 +625,16 @@ _COMMANDS = {
         commands.inpaint, "RUN IMAGE MASK ", "fill a hole in a picture", _add_inpaint
     ),
     "edit": _Command(
-        commands.edit, "RUN IMAGE ... ", "make pictures like a picture (image to image)", _add_edit
+        commands.edit,
+        "RUN IMAGE ... ",
+        "vary a picture by noise and denoising (image to image)",
+        _add_edit,
     ),
     "interpolate": _Command(
-        commands.interpolate, "RUN A B ", "go from one picture or seed to another", _add_interpolate
+        commands.interpolate,
+        "RUN A B ",
+        "make pictures between two pictures or seeds",
+        _add_interpolate,
     ),
     "evaluate": _Command(
         commands.evaluate,

@@ -16,7 +16,7 @@ _Hits = dict[int, tuple[int, int]]  # class -> (right, all)
 _ACCURACY_NOTE = (
     "RBF support vector machine fitted on at most"
     f" {SVM_PICTURES} training pictures; mean over classes. Blind to diversity and to copies;"
-    " above the floor is no merit"
+    " above the floor is not better"
 )
 _TEACHING_NOTE = (
     "held-out pictures named by an RBF support vector machine fitted on {} samples, floor: on {}"

@@ -212,7 +212,7 @@ def _authentic(points: Sides) -> Figure:
     note = (
         f"share whose nearest of {known} training pictures has another one nearer still"
         " (2102.08921); low: samples huddle about training pictures, be they copies with noise."
-        " Blind to bad pictures, which are authentic; above the floor is no merit"
+        " Blind to bad pictures, which are authentic; above the floor is not better"
     )
     why = _too_few(points, min(n, known), 2)
     if why:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from undiffuse import drawing, evaluation, images
 from undiffuse.checkpoint import Model
-from undiffuse.config import Device, SampleConfig, Weights
+from undiffuse.config import JUDGED, Device, SampleConfig, Weights
 from undiffuse.errors import ConfigError
 from undiffuse.runs._folder import RunFolder, write_json
 from undiffuse.runs._generate import generate, labels_in_turn
@@ -32,7 +32,7 @@ class EvaluateOptions:
 
     num_samples: int | None = None  # None: 1000 pictures of 16x16, fewer of larger ones
     draws: int | None = None  # of noise per held-out picture; None: up to 4, fewer of large data
-    sampling: SampleConfig = SampleConfig(batch_size=250)  # its num_images is not used
+    sampling: SampleConfig = JUDGED  # its num_images is not used
     data: str | None = None  # instead of the run's own
     weights: Weights = Weights.EMA
     checkpoint: int | None = None
