@@ -406,7 +406,7 @@ class NamedRecipe:
     settings: Mapping[str, object]
 
 
-# The times are those of two cores; docs/quality.md holds the choices against others.
+# The times are those of two cores; quality/ablation.py measures what each choice is worth.
 RECIPES: dict[str, NamedRecipe] = {
     "seconds": NamedRecipe(
         "500 steps, a minute for pictures of 16 pixels: is the folder read as it should be?",
