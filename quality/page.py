@@ -152,7 +152,7 @@ def _number(value: float) -> str:
 
 
 def _ablation(groups: Mapping[str, Group]) -> str:
-    """A row per change, a column per measure; the difference to the base where both have seeds."""
+    """A row per change, a column per measure: the mean, and how far from the base's same seeds."""
     measures = ("nats", "class_accuracy", "frechet", "frechet_pca", "precision", "recall")
     names = list(dict.fromkeys(name.rpartition("/")[0] for name in groups))
     shown = [m for m in measures if any(f"{name}/{m}" in groups for name in names)]
@@ -165,13 +165,23 @@ def _ablation(groups: Mapping[str, Group]) -> str:
 
 
 def _cell(groups: Mapping[str, Group], name: str, measure: str) -> str:
-    group = groups.get(f"{name}/{measure}")
-    if group is None:
+    group, base = (groups.get(f"{one}/{measure}", ()) for one in (name, "base"))
+    if not group:
         return ""
-    values = [line["value"] for line in group]
-    if len(values) < 2 or None in values:
-        return _mean(values)
-    return f"{_mean(values)} ± {_number(statistics.stdev(values))}"
+    mean = _mean([line["value"] for line in group])
+    before = {line["seed"]: line["value"] for line in base}
+    pairs = [(line["value"], before.get(line["seed"])) for line in group]
+    apart = [now - then for now, then in pairs if now is not None and then is not None]
+    return mean if name == "base" or not apart else f"{mean} ({_signed(apart)})"
+
+
+def _signed(apart: Sequence[float]) -> str:
+    """The mean difference, and its standard error where several seeds tell one."""
+    mean = statistics.fmean(apart)
+    shown = f"{'-' if mean < 0 else '+'}{_number(abs(mean))}"
+    if len(apart) < 2:
+        return shown
+    return f"{shown} ± {_number(statistics.stdev(apart) / len(apart) ** 0.5)}"
 
 
 # --- charts -------------------------------------------------------------------------------------
@@ -207,7 +217,7 @@ def fields_chart(groups: Mapping[str, Group]) -> Figure:
 
 
 def losses_chart(groups: Mapping[str, Group]) -> Figure | None:
-    """Held-out error against the best bar by noise level, with what is asked."""
+    """Held-out error against the best bar by noise level, with the target."""
     chosen = {n: g for n, g in groups.items() if "/loss/" in n}
     if not chosen:
         return None
@@ -218,8 +228,8 @@ def losses_chart(groups: Mapping[str, Group]) -> Figure | None:
         for seed in range(max(len(group) for group in chosen.values())):
             values = [group[min(seed, len(group) - 1)]["value"] for group in chosen.values()]
             axes.plot(ratios, values, color=COLOURS[0], lw=1.2, label=None if seed else "seeds")
-        asked = [group[0]["bound"] for group in chosen.values()]
-        axes.step(ratios, asked, where="mid", color=INK, ls="--", lw=1, label="asked")
+        targets = [group[0]["bound"] for group in chosen.values()]
+        axes.step(ratios, targets, where="mid", color=INK, ls="--", lw=1, label="target")
         axes.axhline(0.0, color=GRID, lw=1)
         axes.set_xscale("log")
         axes.set_xlabel("sigma")

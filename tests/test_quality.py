@@ -156,6 +156,16 @@ def test_the_page_follows_from_the_committed_results(tmp_path: Path) -> None:
     assert made.read_bytes() == (ROOT / "docs" / "quality.md").read_bytes()
 
 
+def test_a_change_is_told_beside_the_same_seeds_of_the_base() -> None:
+    def group(values: list[float]) -> list[dict[str, float]]:
+        return [{"seed": seed, "value": value} for seed, value in enumerate(values)]
+
+    groups = {"base/nats": group([1.0, 2.0, 6.0]), "other/nats": group([0.75, 1.25])}
+    table = page._ablation(groups)  # pyright: ignore[reportPrivateUsage]
+    assert "| base | 3 | 3.00 |" in table
+    assert "| other | 2 | 1.00 (-0.500 ± 0.250) |" in table
+
+
 def test_a_target_holds_only_if_every_seed_reaches_it(tmp_path: Path) -> None:
     run.measured([counted([])], Lab(tmp_path), None, tmp_path)
     (file,) = tmp_path.glob("*.jsonl")
