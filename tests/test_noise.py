@@ -267,6 +267,22 @@ def test_karras_spacing_is_even_in_the_root(schedule: Schedule):
     torch.testing.assert_close(grid.ratio[-1:], f64(0.02).clamp(min=low), rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "low", "high"),
+    [
+        (Karras(), 1.0, 1.0),
+        (Karras(), 0.002, 0.002),
+        (Karras(), 2.0, 1.0),
+        (Karras(), 100.0, 200.0),  # both beyond the schedule
+        (LinearBetas(), 0.002, 0.005),
+        (Flow(), 0.002, 0.001),
+    ],
+)
+def test_a_spacing_without_room_is_refused(schedule: Schedule, low: float, high: float) -> None:
+    with pytest.raises(ConfigError, match=r"^KarrasSpacing needs low < high; .* further apart"):
+        levels(schedule, 5, KarrasSpacing(low=low, high=high))
+
+
 def test_karras_spacing_is_the_published_grid():
     """2206.00364, eq. 5, at 18 steps from 80 to 0.002."""
     i = np.arange(18) / 17

@@ -295,15 +295,24 @@ def uniform(schedule: Schedule, steps: int) -> NoiseLevel:
 
 @dataclass(frozen=True)
 class KarrasSpacing:
-    """sigma / alpha spaced by the rho-th root (2206.00364, eq. 5), clipped to the schedule."""
+    """sigma / alpha spaced by the rho-th root (2206.00364, eq. 5), clipped to the schedule.
+
+    Raises:
+        ConfigError: `low` is not below `high`, as they are or clipped.
+    """
 
     rho: float = 7.0
     low: float = 0.002
     high: float = 80.0
 
     def __call__(self, schedule: Schedule, steps: int) -> NoiseLevel:
-        ends = schedule.at(torch.tensor([self.high, self.low], dtype=torch.float64)).ratio
-        return schedule.at(_even_roots(ends[0], ends[1], steps, self.rho))
+        high, low = schedule.at(torch.tensor([self.high, self.low], dtype=torch.float64)).ratio
+        if not low < high:
+            raise ConfigError(
+                f"KarrasSpacing needs low < high; got low={self.low:g} and high={self.high:g},"
+                f" {low:g} and {high:g} in this schedule: choose them further apart within it"
+            )
+        return schedule.at(_even_roots(high, low, steps, self.rho))
 
 
 def _even_roots(high: Tensor, low: Tensor, count: int, rho: float) -> Tensor:
