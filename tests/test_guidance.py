@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,10 +12,18 @@ from torch import Tensor, nn
 
 from undiffuse import runs
 from undiffuse.checkpoint import Model, Pictures
-from undiffuse.denoiser import Denoiser, KarrasPrecond
+from undiffuse.denoiser import Denoiser, KarrasPrecond, Velocity
 from undiffuse.errors import ConfigError
-from undiffuse.guidance import Denoise, classifier_free, clipped, guided, with_label, within
-from undiffuse.noise import Flow, Karras, NoiseLevel, levels
+from undiffuse.guidance import (
+    Denoise,
+    classifier_free,
+    clipped,
+    guided,
+    on_schedule,
+    with_label,
+    within,
+)
+from undiffuse.noise import Cosine, Flow, Karras, LinearBetas, NoiseLevel, Schedule, levels
 from undiffuse.oracles import FiniteSet, Gaussian, Mixture
 from undiffuse.recipes import ddpm_family
 from undiffuse.sampling import Draw, Step, ddim, finish, start
@@ -189,6 +199,28 @@ def test_guidance_works_from_pure_noise():
     assert (means[1:] > 0.5).all()
 
 
+def timed(x: Tensor, timestep: Tensor, label: Tensor | None) -> Tensor:
+    """A network whose output shows what it was told."""
+    return x.tanh() * (1 + timestep.reshape(-1, 1, 1, 1) / 100)
+
+
+SCHEDULES = [Karras(), Cosine(), LinearBetas(), Flow()]
+
+
+@pytest.mark.parametrize("asked", SCHEDULES, ids=str)
+@pytest.mark.parametrize("own", SCHEDULES, ids=str)
+def test_a_denoiser_is_asked_at_the_level_of_its_own_schedule(asked: Schedule, own: Schedule):
+    """As if it had been called with its own alpha, sigma and t from the start."""
+    denoiser, x0, noise = Denoiser(timed, own, Velocity()), normal(3, *SHAPE), normal(3, *SHAPE)
+    told = on_schedule(denoiser, own)
+    for ratio in (0.05, 1.0, 20.0):
+        theirs, ours = (one.at(torch.tensor(ratio)) for one in (asked, own))
+        wanted = denoiser(ours.mix(x0, noise), ours)
+        torch.testing.assert_close(told(theirs.mix(x0, noise), theirs, None), wanted)
+    for level in (asked(torch.zeros(())), asked(torch.ones(()))):  # alpha may be 0
+        assert bool(told(level.mix(x0, noise), level, None).isfinite().all())
+
+
 # --- through the whole road, calls counted -------------------------------------------------------
 
 
@@ -202,6 +234,30 @@ def model(seed: int, classes: int = 2) -> Model:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     denoiser = Denoiser(net.eval(), Karras(), KarrasPrecond(0.5))
     return Model(denoiser, Pictures(4, 4, 1), {})
+
+
+@pytest.mark.parametrize("schedule", [Karras(), Cosine(), LinearBetas()], ids=str)
+def test_a_weak_model_of_another_schedule_is_asked_as_it_was_trained(schedule: Schedule):
+    """At scale 0 the guided estimate is the weak one: that of the weak denoiser itself."""
+    strong, weak = model(0), model(1)
+    weak = replace(weak, denoiser=replace(weak.denoiser, schedule=schedule, prediction=Velocity()))
+    seen: list[Step] = []
+    runs.generate(
+        strong,
+        2,
+        label=[0, 1],
+        weak=weak,
+        guidance_scale=0.0,
+        sampler=ddim,
+        num_inference_steps=3,
+        mixed_precision="no",
+        on_step=seen.append,
+    )
+    for before, after in pairwise(seen):
+        own = schedule.at(before.level.ratio)
+        with torch.no_grad():
+            wanted = weak.denoiser(before.x * own.alpha, own, torch.tensor([0, 1]))  # alpha was 1
+        torch.testing.assert_close(after.x0, wanted.clamp(-1, 1), rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
-from undiffuse.noise import NoiseLevel
+from undiffuse.noise import NoiseLevel, Schedule
 
 Pictures = Float[Tensor, "b c h w"]
 Denoise = Callable[[Pictures, NoiseLevel], Pictures]
@@ -92,6 +92,22 @@ def within(inside: Denoise, outside: Denoise, low: float, high: float) -> Denois
         return (inside if chosen else outside)(x, level)
 
     return denoise
+
+
+def on_schedule(denoise: Labelled, schedule: Schedule) -> Labelled:
+    """`denoise`, which knows the levels of `schedule`, asked at those of any other.
+
+    What is noise of one sigma / alpha in every schedule is told as the level that `schedule` has
+    there, and x is scaled to it (2206.00364, section 2). Beyond its ends the nearest one is told,
+    which is why x is scaled by sqrt(alpha^2 + sigma^2): alpha may be 0.
+    """
+
+    def asked(x: Pictures, level: NoiseLevel, label: Tensor | None = None) -> Pictures:
+        own = schedule.at(level.ratio)
+        scale = torch.hypot(own.alpha, own.sigma) / torch.hypot(level.alpha, level.sigma)
+        return denoise(scale.to(x.dtype) * x, own, label)
+
+    return asked
 
 
 def clipped(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:

@@ -14,7 +14,16 @@ from undiffuse.checkpoint import Model
 from undiffuse.config import Precision
 from undiffuse.denoiser import Denoiser, KarrasPrecond
 from undiffuse.errors import ConfigError
-from undiffuse.guidance import Denoise, classifier_free, clipped, guided, with_label, within
+from undiffuse.guidance import (
+    Denoise,
+    Labelled,
+    classifier_free,
+    clipped,
+    guided,
+    on_schedule,
+    with_label,
+    within,
+)
 from undiffuse.noise import LeadIn, NoiseLevel, Stream, keyed_normal, levels
 from undiffuse.runs._load import choice
 from undiffuse.sampling import SAMPLERS, Sampler, Step, start
@@ -51,8 +60,8 @@ def generate(
         guidance_scale: weak + scale * (strong - weak); 1 is no guidance.
         guidance_interval: lowest and highest sigma / alpha at which to guide (2404.07724);
             elsewhere the weak model is not evaluated.
-        weak: a less trained model of the same pictures, for autoguidance (2406.02507); None uses
-            the model's own "no class" (2207.12598).
+        weak: a less trained model of the same pictures, for autoguidance (2406.02507), of any
+            schedule; None uses the model's own "no class" (2207.12598).
         mixed_precision: "auto" takes bfloat16 inside wide networks where the machine is fast at it
             (`runtime.choose`); "no" and "bf16" insist.
         torch_compile: where that is bfloat16, through torch.compile: worth its minutes on a GPU.
@@ -68,7 +77,7 @@ def generate(
     _check_interval(*guidance_interval)
     precision = choice("mixed_precision", Precision, mixed_precision)
     quick = quick_denoiser(model, precision, torch_compile)
-    quick_weak = None if weak is None else quick_denoiser(weak, precision, torch_compile)
+    quick_weak = None if weak is None else _quick_weak(model, weak, precision, torch_compile)
     labels = checked_labels(model, label, count)
     run = SAMPLERS[known_sampler(sampler)] if isinstance(sampler, str) else sampler
     grid = levels(model.denoiser.schedule, num_inference_steps, spacing_of(model))
@@ -182,12 +191,18 @@ def quick_denoiser(model: Model, precision: Precision, torch_compile: bool) -> D
     return replace(model.denoiser, net=runtime.callable_net(model.net, chosen.path))
 
 
+def _quick_weak(model: Model, weak: Model, precision: Precision, torch_compile: bool) -> Labelled:
+    """It is asked at the guided model's levels, which need not be of its own schedule."""
+    quick, schedule = quick_denoiser(weak, precision, torch_compile), weak.denoiser.schedule
+    return quick if schedule == model.denoiser.schedule else on_schedule(quick, schedule)
+
+
 def denoise_function(
     model: Model,
     denoiser: Denoiser,
     label: Tensor | None,
     scale: float,
-    weak: Denoiser | None = None,
+    weak: Labelled | None = None,
 ) -> Denoise:
     device = next(model.net.parameters()).device
     label = None if label is None else label.to(device)
