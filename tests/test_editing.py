@@ -38,9 +38,10 @@ from undiffuse.noise import (
     NoiseLevel,
     Schedule,
     levels,
+    uniform,
 )
 from undiffuse.oracles import Gaussian, Mixture, gaussian_flow
-from undiffuse.sampling import Step, ddim, ddpm, dpmpp_2m, finish, heun
+from undiffuse.sampling import SAMPLERS, Step, ddim, ddpm, dpmpp_2m, finish, heun
 
 SHAPE = (1, 3, 3)
 SIZE = math.prod(SHAPE)
@@ -401,6 +402,18 @@ def test_a_part_of_a_step_by_hand() -> None:
     assert ratios(found) == pytest.approx([math.sqrt(80 * 0.002), 0.002, 0.0])
 
 
+@pytest.mark.parametrize("strength", [0.8, 0.9, 0.999, 1.0])
+def test_a_part_of_a_step_from_pure_noise_is_not_all_noise(strength: float) -> None:
+    """Where the first ratio is infinite there is no ratio in between, but there is a time."""
+    grid = levels(Flow(), 4, uniform)
+    found = partial_levels(Flow(), grid, strength)
+    assert float(found[0].t) == pytest.approx(strength)
+    assert float(found[0].alpha) == pytest.approx(1 - strength)
+    assert found[1:] == grid[1:]
+    (only, _) = partial_levels(Flow(), levels(Flow(), 1, uniform), strength)  # before clean
+    assert float(only.t) == pytest.approx(strength)
+
+
 @pytest.mark.parametrize("strength", [-0.1, 1.1, math.nan])
 def test_strength_out_of_range(strength: float) -> None:
     with pytest.raises(ConfigError, match=r"strength must be in \[0, 1\]"):
@@ -444,6 +457,30 @@ def test_encoding_is_the_flow_upwards_and_decoding_brings_it_back(schedule: Sche
     assert wrong[1] < 2e-3
     assert wrong[0] / wrong[1] == pytest.approx(4, rel=0.3)
     torch.testing.assert_close(back, x0, rtol=0, atol=0.02)
+
+
+DETERMINISTIC = [name for name in SAMPLERS if name not in ("ddpm", "dpmpp_2m_sde")]
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_every_deterministic_sampler_encodes_up_to_pure_noise(name: str) -> None:
+    """Where alpha = 0 the result is noise alone: sigma = 1 times standard normal numbers."""
+    x0 = GAUSSIAN.draw(normal(3, *SHAPE))
+    wrong: list[float] = []
+    for steps in (16, 64):
+        grid = levels(Flow(), steps, uniform)
+        noise = encode(GAUSSIAN, x0, grid, SAMPLERS[name])
+        exact = gaussian_flow(GAUSSIAN, float(grid[-2].alpha) * x0, grid[-2], grid[0])
+        wrong.append(float((noise - exact).norm() / exact.norm()))
+    assert float(grid[0].alpha) == 0.0
+    assert wrong[1] < 0.1
+    assert wrong[1] < wrong[0] / 2
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde"])
+def test_what_adds_noise_does_not_encode(name: str) -> None:
+    with pytest.raises(ConfigError, match="eta 1 adds noise at every step"):
+        encode(GAUSSIAN, KNOWN, levels(Flow(), 4, uniform), SAMPLERS[name])
 
 
 @given(st.floats(0.0, 1.0), st.integers(0, 20))
@@ -521,3 +558,16 @@ def test_the_local_wiener_filter_is_scipys_away_from_the_edge() -> None:
     wanted = torch.from_numpy(signal.wiener(x[0, 0].numpy(), 3, noise=0.04))
     got = local_wiener(x, 0.2)[0, 0]
     torch.testing.assert_close(got[1:-1, 1:-1], wanted[1:-1, 1:-1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
+def test_the_local_wiener_filter_of_a_line_is_that_of_the_line_repeated(
+    size: tuple[int, int],
+) -> None:
+    """One pixel has nothing to mirror; a mirror of equal rows is what it is at the edge."""
+    x = normal(2, 1, *size)
+    got = local_wiener(x, 0.2)
+    assert got.shape == x.shape
+    thick = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    inner = local_wiener(F.pad(thick, (1, 1, 1, 1)), 0.2)[..., 2:-2, 2:-2]
+    torch.testing.assert_close(got, inner)

@@ -140,11 +140,17 @@ def reflected(denoise: Denoise, multiple: int) -> Denoise:
         below, right = -height % multiple, -width % multiple
         if not below and not right:
             return denoise(x, level)
-        mirror = below < height and right < width  # else there is not enough to reflect
-        wide = F.pad(x, (0, right, 0, below), mode="reflect" if mirror else "replicate")
-        return denoise(wide, level)[..., :height, :width]
+        return denoise(_continued(x, 0, right, 0, below), level)[..., :height, :width]
 
     return padded
+
+
+def _continued(
+    x: Pictures, left: int, right: int, above: int, below: int
+) -> Float[Tensor, "b c y x"]:
+    """By a mirror at the edge, or where there is not enough to reflect by the edge itself."""
+    mirror = max(left, right) < x.shape[-1] and max(above, below) < x.shape[-2]
+    return F.pad(x, (left, right, above, below), mode="reflect" if mirror else "replicate")
 
 
 def tiled(denoise: Denoise, tile: int, overlap: int) -> Denoise:
@@ -337,7 +343,8 @@ def partial_levels(
     """The last part of a grid for sampling: `strength` is the share of its steps that is left.
 
     Strength 1 is the whole grid, 0 its clean end alone. Between two levels the first step is a part
-    of one, from a ratio interpolated geometrically (in front of the clean level linearly).
+    of one, from a ratio interpolated geometrically (in front of the clean level linearly), or where
+    the first ratio is infinite, from a t interpolated linearly.
 
     Raises:
         ConfigError: `strength` is outside [0, 1].
@@ -348,10 +355,16 @@ def partial_levels(
     left = levels[int(whole) :]
     if part == 0.0:
         return tuple(left)
-    above, below = left[0].ratio, left[1].ratio
-    nearly_clean = float(below) == 0.0
-    ratio = above * (1 - part) if nearly_clean else above ** (1 - part) * below**part
-    return (schedule.at(ratio), *left[1:])
+    return (_between(schedule, left[0], left[1], part), *left[1:])
+
+
+def _between(schedule: Schedule, noisy: NoiseLevel, cleaner: NoiseLevel, part: float) -> NoiseLevel:
+    above, below = noisy.ratio, cleaner.ratio
+    if bool(above.isinf()):
+        return schedule(noisy.t + part * (cleaner.t - noisy.t))
+    if float(below) == 0.0:
+        return schedule.at(above * (1 - part))
+    return schedule.at(above ** (1 - part) * below**part)
 
 
 def partly(x0: Shared, strength: float, schedule: Schedule, sampler: Sampler) -> Sampler:
@@ -383,6 +396,9 @@ def encode(
     `levels` is a grid for sampling, noisiest first; the way starts at its last noisy level. The
     result is x at the first level, sigma times about standard normal numbers. Decoding it with
     the same grid returns the pictures up to the error of both ways (2010.02502, section 5.4).
+
+    Raises:
+        ConfigError: `sampler` adds noise; only deterministic ones can be run upwards.
     """
     upwards = [level for level in reversed(levels) if float(level.sigma) > 0.0]
     x = float(upwards[0].alpha) * x0
@@ -445,8 +461,7 @@ def local_wiener(x: Pictures, sigma: float, window: int = 3) -> Pictures:
     edge = window // 2
 
     def mean(v: Tensor) -> Tensor:
-        wide = F.pad(v, (edge, edge, edge, edge), mode="reflect")
-        return F.avg_pool2d(wide, window, stride=1)
+        return F.avg_pool2d(_continued(v, edge, edge, edge, edge), window, stride=1)
 
     centre = mean(x)
     spread = (mean(x * x) - centre**2).clamp(min=sigma**2)

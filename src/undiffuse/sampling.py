@@ -91,9 +91,12 @@ def _check_eta(eta: float, noise: Draw | None) -> None:
 def _kept_and_fresh(now: NoiseLevel, then: NoiseLevel, eta: float) -> tuple[float, float]:
     """How much of sigma' is the noise that x has, and how much is fresh; the squares add up.
 
-    Fresh is eta * (s'/s) * sqrt(s^2 - (a s'/a')^2), the posterior's deviation (2010.02502, eq. 16).
+    Fresh is eta * (s'/s) * sqrt(s^2 - (a s'/a')^2), the posterior's deviation (2010.02502, eq. 16);
+    nothing is on the way to a noisier level, which may be alpha' = 0.
     """
     (a, s), (a_then, s_then) = _alpha_sigma(now), _alpha_sigma(then)
+    if a * s_then >= a_then * s:
+        return s_then, 0.0
     fresh = eta * s_then / s * math.sqrt(max(s**2 - (a * s_then / a_then) ** 2, 0.0))
     return math.sqrt(max(s_then**2 - fresh**2, 0.0)), fresh
 
@@ -142,7 +145,7 @@ def heun(
         x0 = denoise(x, now)
         (a, s), (a_then, s_then) = _alpha_sigma(now), _alpha_sigma(then)
         euler = _move(x, x0, now, a_then, s_then)
-        if s_then == 0.0 or a == 0.0:
+        if _endless(now, then):
             yield Step(x := euler, x0, then)
             continue
         correction = a_then * (s / a * a_then / s_then - 1.0) / 2.0
@@ -173,8 +176,7 @@ def dpmpp_2m(
         x0 = denoise(x, now)
         (a, s), a_then = _alpha_sigma(now), float(then.alpha)
         kept, fresh = _kept_and_fresh(now, then, eta)
-        # -expm1(-h) = 1 - (sigma'/alpha')/(sigma/alpha), with alpha and sigma allowed to be 0
-        of_d = a_then * (1.0 - a * kept / (s * a_then))
+        of_d = a_then - a * kept / s  # alpha' * -expm1(-h), with alpha and sigma allowed to be 0
         d = _extrapolated(x0, last, now, then)
         x = _sum((kept / s, x), *((of_d * weight, part) for weight, part in d))
         if noise is not None and fresh > 0.0:
@@ -187,7 +189,7 @@ def _extrapolated(
     x0: Tensor, last: Estimate | None, now: NoiseLevel, then: NoiseLevel
 ) -> tuple[tuple[float, Tensor], ...]:
     """d = x0 + (x0 - before) * h / (2 * h_before), as factors and pictures."""
-    if last is None or float(then.sigma) == 0.0:
+    if last is None or _endless(now, then):
         return ((1.0, x0),)
     before, earlier = last
     weight = _log_step(now, then) / (2.0 * _log_step(earlier, now))
@@ -197,6 +199,11 @@ def _extrapolated(
 def _log_step(now: NoiseLevel, then: NoiseLevel) -> float:
     """h: the step in ln(alpha / sigma); infinite from alpha = 0."""
     return math.log(float(now.ratio) / float(then.ratio))
+
+
+def _endless(now: NoiseLevel, then: NoiseLevel) -> bool:
+    """Whether h is infinite: from alpha = 0 or to sigma = 0, or upwards to alpha = 0."""
+    return 0.0 in (float(now.alpha), float(then.sigma), float(then.alpha))
 
 
 dpmpp_2m_sde: Sampler = partial(dpmpp_2m, eta=1.0)
@@ -284,7 +291,7 @@ def _with_falling_order(
 
 def _unipc_weights(now: NoiseLevel, then: NoiseLevel, places: Sequence[NoiseLevel]) -> list[float]:
     """`_integrals`, but where only one difference is known half of B(h), as UniPC has it."""
-    if len(places) != 2 or 0.0 in (float(now.alpha), float(then.sigma)):
+    if len(places) != 2 or _endless(now, then):
         return _integrals(now, then, places)
     (whole,) = _integrals(now, then, [now])
     (other,) = (place for place in places if place is not now)
@@ -295,10 +302,11 @@ def _unipc_weights(now: NoiseLevel, then: NoiseLevel, places: Sequence[NoiseLeve
 def _integrals(now: NoiseLevel, then: NoiseLevel, places: Sequence[NoiseLevel]) -> list[float]:
     """alpha' * the integral of e^(tau - h) times the Lagrange polynomial of each place.
 
-    In a step of infinite h, from alpha = 0 or to sigma = 0, the estimate at `now` counts alone.
+    In a step of infinite h the estimate at `now` counts alone.
     """
-    if 0.0 in (float(now.alpha), float(then.sigma)):
-        return [float(then.alpha) * (place is now) for place in places]
+    if _endless(now, then):
+        whole = float(then.alpha - now.alpha * then.sigma / now.sigma)
+        return [whole * (place is now) for place in places]
     h = _log_step(now, then)
     moments = [-math.expm1(-h)]  # of (tau / h)^0, then each from the one before, by parts
     for power in range(1, len(places)):
