@@ -20,7 +20,14 @@ from undiffuse.checkpoint import Model, Pictures
 from undiffuse.cli import main
 from undiffuse.denoiser import Denoiser, KarrasPrecond, Velocity
 from undiffuse.errors import ConfigError, DataError, ResourceError
-from undiffuse.noise import Cosine, Karras, Schedule, Stream, keyed_normal
+from undiffuse.noise import (
+    Cosine,
+    Karras,
+    LinearBetas,
+    Schedule,
+    Stream,
+    keyed_normal,
+)
 from undiffuse.oracles import Gaussian, fit_gaussian
 from undiffuse.recipes import preset
 from undiffuse.unet import UNet
@@ -196,6 +203,15 @@ def test_filters_remove_noise_and_keep_the_picture_upright(grey: bool) -> None:
     assert list(runs.filters(noisy[:, :20], 0.2, fitted)) == ["wiener", "nlm"]  # another size
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+def test_filters_take_a_single_line(size: tuple[int, int]) -> None:
+    pytest.importorskip("skimage")
+    noisy = keyed_normal(0, Stream.NOISE, range(1), (3, *size))[0]
+    for one in runs.filters(noisy, 0.2).values():
+        assert one.shape == noisy.shape
+        assert bool(one.isfinite().all())
+
+
 def test_without_scikit_image_compare_names_the_extra(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +254,34 @@ def test_a_draw_from_the_posterior_keeps_what_the_mean_smooths() -> None:
     assert torch.equal(again[0], drawn[0])
     assert not torch.equal(again[1], again[0])  # picture n depends on (seed, n)
     assert not torch.equal(other[0], again[0])
+
+
+@pytest.mark.parametrize("schedule", [Karras(), Cosine(), LinearBetas()], ids=str)
+def test_down_to_the_least_noise_a_draw_is_near_the_picture(schedule: Schedule) -> None:
+    """No room for a sampler means one evaluation; a little more room is enough for a grid."""
+    model, least = knowing(within_range(), schedule), float(schedule.at(torch.zeros(())).ratio)
+    picture = within_range().draw(keyed_normal(0, Stream.NOISE, range(1), (1, 8, 8)))[0]
+    for sigma in (least, 1.9 * least, 2.1 * least, 10 * least):
+        drawn, mean = (
+            runs.denoise_pictures(model, [picture], sigma, num_inference_steps=steps)[0].picture
+            for steps in (20, None)
+        )
+        assert torch.equal(drawn, mean) == (sigma < 2 * least)
+        assert float((drawn - mean).square().mean().sqrt()) < 1.5 * sigma
+    with pytest.raises(ConfigError, match="num_inference_steps must be at least 1; got 0"):
+        runs.denoise_pictures(model, [picture], least, num_inference_steps=0)
+
+
+def test_an_estimate_at_the_end_of_the_schedule_is_one_that_the_model_knows() -> None:
+    """Of a clean picture; these ends come back from the logarithm a rounding too low."""
+    picture, refused = torch.zeros(1, 8, 8), 0
+    for least in torch.linspace(0.011, 0.05, 12).tolist():
+        model = knowing(stripes(), Karras(sigma_min=least))
+        ((cleaned, sigma),) = runs.denoise_pictures(model, [picture])
+        assert sigma == pytest.approx(least, rel=1e-12)
+        assert cleaned.shape == picture.shape
+        refused += math.exp(math.log(least)) < least
+    assert refused > 0
 
 
 def test_a_large_picture_is_cut_and_a_small_one_is_not(world: World, model: Model) -> None:
@@ -488,8 +532,31 @@ def test_functions_refuse_pictures_that_do_not_fit(model: Model, day: Tensor) ->
         undiffuse.inpaint(model, day, ~hole)
     with pytest.raises(ConfigError, match=r"strength must be in \[0, 1\]; got 2"):
         undiffuse.edit(model, day, 2.0)
+    with pytest.raises(ConfigError, match="tile must be 0 or at least 8 for this network; got -1"):
+        undiffuse.denoise_pictures(model, [day], 0.2, tile=-1)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1; got 0"):
+        undiffuse.interpolate(model, 1, 2, batch_size=0)
     with pytest.raises(ConfigError, match=r"label must be 1 numbers in 0 \.\.\. 2"):
         undiffuse.denoise_pictures(model, [day], 0.2, label=7)
+
+
+def test_pictures_with_values_that_are_no_numbers_are_refused(model: Model, day: Tensor) -> None:
+    hole = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    hole[2:4, 2:4] = True
+    known, unknown = (torch.where(where, math.nan, day) for where in (~hole, hole))
+    calls: list[Callable[[], object]] = [
+        lambda: undiffuse.denoise_pictures(model, [day, known], 0.2),
+        lambda: undiffuse.denoise_pictures(model, [day / 0.0], 0.2),
+        lambda: runs.estimate_sigma(model, known),
+        lambda: undiffuse.inpaint(model, known, hole),
+        lambda: undiffuse.edit(model, known),
+        lambda: undiffuse.interpolate(model, 1, known),
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match=r"^picture.* has values that are not finite"):
+            call()
+    made = undiffuse.inpaint(model, unknown, hole, 1, num_inference_steps=2)  # what nobody looks at
+    assert bool(made.isfinite().all())
 
 
 def test_a_model_that_must_be_told_the_class() -> None:

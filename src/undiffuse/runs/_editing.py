@@ -33,6 +33,7 @@ Picture = Float[Tensor, "_c _h _w"]  # each of its own size
 VALUES = 2**14  # of a picture that its noise is estimated from, at most, but one crop at least
 VOTES = 2**11  # residuals to average, at least: small pictures are looked at several times
 ENLARGED = 2  # a tile's sides in those of the pictures that the network was trained on
+ROOM = 2.0  # a sampler's first noise level over the schedule's last, at least
 
 
 # --- denoise ------------------------------------------------------------------------------------
@@ -61,7 +62,8 @@ def denoise_pictures(
 
     The result is the posterior mean E[x0 | picture], of least squared error and rather smooth. With
     `num_inference_steps` it is one draw from the posterior: as sharp as the pictures that the model
-    knows, at up to twice the squared error.
+    knows, at up to twice the squared error. (Where sigma is less than twice the least noise that
+    the model knows, a draw would hardly differ, and it is the mean.)
 
     Args:
         pictures: of the model's channels; their values may go beyond [-1, 1].
@@ -74,14 +76,18 @@ def denoise_pictures(
         on_picture: called after each.
 
     Raises:
-        ConfigError: `sigma`, `label` or `tile` is none that this model can use.
-        DataError: a picture has other channels.
+        ConfigError: `sigma`, `label`, `num_inference_steps` or `tile` is none that this model can
+            use.
+        DataError: a picture has other channels, or values that are not finite.
         ResourceError: a picture in one piece does not fit into memory.
     """
-    for picture in pictures:
+    for n, picture in enumerate(pictures):
         _check_channels(model, picture)
+        _check_finite(picture, f"picture {n}")
     if sigma is not None:
         _level(model, sigma)
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise ConfigError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
     made: list[Cleaned] = []
     for n, picture in enumerate(pictures):
         made.append(_cleaned(model, picture, sigma, label, num_inference_steps, (seed, n), tile))
@@ -103,12 +109,17 @@ def _cleaned(
     level = _level(model, sigma)
     denoise = clipped(_in_parts(model, _plain(model, label, 1), picture, tile))
     x = (float(level.alpha) * picture[None]).to(_device(model))
-    if steps is None:
+    if steps is None or sigma < ROOM * _known_sigmas(model)[0]:
         made = denoise(x, level)
     else:
-        grid = levels(model.denoiser.schedule, steps, KarrasSpacing(high=sigma))
+        grid = levels(model.denoiser.schedule, steps, _down_from(sigma))
         made = finish(dpmpp_2m_sde(denoise, x, grid, noise=partial(_draw, key, x)))
     return Cleaned(made[0].clamp(-1, 1).float().cpu(), sigma)
+
+
+def _down_from(sigma: float) -> KarrasSpacing:
+    """To the usual end, or a tenth of sigma where that is nearer to clean."""
+    return KarrasSpacing(low=min(KarrasSpacing().low, sigma / 10), high=sigma)
 
 
 def _draw(key: tuple[int, int], like: Tensor, step: int) -> Tensor:
@@ -121,21 +132,24 @@ def _draw(key: tuple[int, int], like: Tensor, step: int) -> Tensor:
 def estimate_sigma(model: Model, picture: Picture, *, label: int | None = None) -> float:
     """The standard deviation of a picture's noise, at which it is most likely under the model.
 
-    Looked for between 0.01 and 3, in crops of the size that the model was trained on, spread over
-    the picture (`editing.estimate_sigma`). The network's own error limits it: a network that has
-    learned little takes some of the picture for noise.
+    Looked for between 0.01 and 3, as far as the model knows these levels, in crops of the size that
+    it was trained on, spread over the picture (`editing.estimate_sigma`). The network's own error
+    limits it: a network that has learned little takes some of the picture for noise.
 
     Raises:
         ConfigError: every value is -1 or 1, or `label` is none of this model.
-        DataError: the picture has other channels.
+        DataError: the picture has other channels, or values that are not finite.
     """
     _check_channels(model, picture)
+    _check_finite(picture, "picture")
     crops = _crops(picture, model.pictures.height, model.pictures.width)
     crops = crops.repeat(max(1, VOTES // crops.numel()), 1, 1, 1).to(_device(model))
     drawn = keyed_normal(0, Stream.EVALUATE, range(len(crops)), tuple(crops.shape[1:]))
     signs = torch.where(drawn < 0, -1.0, 1.0).to(crops)
     denoise = _plain(model, label, len(crops))
-    return editing.estimate_sigma(denoise, crops, model.denoiser.schedule, [signs])
+    found = editing.estimate_sigma(denoise, crops, model.denoiser.schedule, [signs])
+    low, high = _known_sigmas(model)
+    return min(max(found, low), high)  # by way of logarithms it may end a rounding beyond
 
 
 def _crops(picture: Picture, height: int, width: int) -> Float[Tensor, "n c y x"]:
@@ -159,13 +173,23 @@ def _check_channels(model: Model, picture: Picture) -> None:
         )
 
 
+def _check_finite(values: Tensor, name: str) -> None:
+    if not bool(values.isfinite().all()):
+        raise DataError(f"{name} has values that are not finite; replace them, they say nothing")
+
+
 def _level(model: Model, sigma: float) -> NoiseLevel:
-    schedule = model.denoiser.schedule
-    ends = torch.tensor([0.0, math.inf], dtype=torch.float64)
-    low, high = schedule.at(ends).ratio.tolist()
+    low, high = _known_sigmas(model)
     if not low <= sigma <= high:
-        raise ConfigError(f"sigma must be {low:.3g} ... {high:.3g} for this model; got {sigma:g}")
-    return schedule.at(torch.tensor(sigma, dtype=torch.float64))
+        raise ConfigError(f"sigma must be {low:.4g} ... {high:.4g} for this model; got {sigma:g}")
+    return model.denoiser.schedule.at(torch.tensor(sigma, dtype=torch.float64))
+
+
+def _known_sigmas(model: Model) -> tuple[float, float]:
+    """The least and the most noise of the model's schedule."""
+    ends = torch.tensor([0.0, math.inf], dtype=torch.float64)
+    low, high = model.denoiser.schedule.at(ends).ratio.tolist()
+    return low, high
 
 
 def _device(model: Model) -> torch.device:
@@ -198,7 +222,7 @@ def one_label(model: Model, label: int | None, count: int) -> Int[Tensor, "n"] |
 def _in_parts(model: Model, denoise: Denoise, picture: Picture, tile: int | None) -> Denoise:
     """Pieces that the network can compute, of a picture continued to a multiple of its stride."""
     stride, side = model.spec.stride, max(model.pictures.height, model.pictures.width)
-    if tile is not None and 0 < tile < 2 * stride:
+    if tile is not None and tile != 0 and tile < 2 * stride:
         raise ConfigError(f"tile must be 0 or at least {2 * stride} for this network; got {tile}")
     tile = ENLARGED * side if tile is None else tile
     if tile and max(picture.shape[1:]) > tile:
@@ -270,7 +294,8 @@ def inpaint(
 
     Raises:
         ConfigError: the hole has another size or is empty, or as `generate`.
-        DataError: the picture has another shape than the model's pictures.
+        DataError: the picture has another shape than the model's, or values outside the hole that
+            are not finite.
     """
     _check_shape(model, picture, "picture")
     if hole.shape != picture.shape[1:]:
@@ -280,6 +305,7 @@ def inpaint(
         )
     if not bool(hole.any()):
         raise ConfigError("mask has nothing to fill: it must be white where the picture is to be")
+    _check_finite(picture[:, ~hole], "picture")
     known, where = picture[None].to(_device(model)), hole[None, None].to(_device(model))
     method = (
         editing.filling(known, where)
@@ -332,9 +358,10 @@ def edit(
 
     Raises:
         ConfigError: `strength` is outside [0, 1], or as `generate`.
-        DataError: the picture has another shape than the model's pictures.
+        DataError: the picture has another shape than the model's, or values that are not finite.
     """
     _check_shape(model, picture, "picture")
+    _check_finite(picture, "picture")
     if not 0.0 <= strength <= 1.0:
         raise ConfigError(f"strength must be in [0, 1]; got {strength}")
     run = SAMPLERS[known_sampler(sampler)] if isinstance(sampler, str) else sampler
@@ -418,10 +445,12 @@ def interpolate(
 
     Raises:
         ConfigError: `count` is below 2, or as `generate`.
-        DataError: a picture has another shape than the model's pictures.
+        DataError: a picture has another shape than the model's, or values that are not finite.
     """
     if count < 2:
         raise ConfigError(f"num_images must be at least 2, the two ends; got {count}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
     if label is None:
         _check_guided(guidance_scale)
     grid = levels(model.denoiser.schedule, num_inference_steps, spacing_of(model))
@@ -452,4 +481,5 @@ def _noise_of(
         drawn = keyed_normal(end, Stream.SAMPLE, range(1), shape)
         return start(grid[0], drawn.to(_device(model)))
     _check_shape(model, end, "picture")
+    _check_finite(end, "picture")
     return editing.encode(denoise, end[None].to(_device(model)), grid)
