@@ -281,8 +281,9 @@ def inpaint(
 ) -> Float[Tensor, "n c h w"]:
     """The picture with its hole filled in, `count` times; all else stays bit for bit.
 
-    By moment matching (`editing.filled`, with `dpmpp_2m_sde`), which is exact for Gaussian data
-    and needs the network's derivative; with `num_resamples` by RePaint, which does not.
+    By moment matching (`editing.filled`, with `dpmpp_2m_sde`), which for Gaussian data comes close
+    to the exact conditional; it needs the network's derivative, up to eight backward passes per
+    step. With `num_resamples` by RePaint, which does not.
 
     Args:
         picture: of the model's size; what it holds in the hole is not looked at.
