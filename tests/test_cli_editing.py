@@ -32,6 +32,7 @@ from undiffuse.oracles import Gaussian, fit_gaussian
 from undiffuse.recipes import preset
 from undiffuse.unet import UNet
 
+DAY = "{pictures}/day/00.png"
 QUICK = "--num-inference-steps 3 --output-dir new"
 Ask = Callable[..., dict[str, Any]]
 
@@ -402,6 +403,49 @@ def test_strength_0_is_the_picture_and_1_is_sampling(model: Model, day: Tensor) 
     assert runs.strength_sigma(model, 0.0, 4) == 0.0
 
 
+def test_at_strength_1_no_class_is_what_sampling_does_only_if_told(
+    model: Model, day: Tensor
+) -> None:
+    """`generate` takes the classes in turn where none is named."""
+    few: dict[str, Any] = {"num_inference_steps": 3}
+    edited = undiffuse.edit(model, day, 1.0, 2, **few)
+    assert torch.equal(edited, undiffuse.generate(model, 2, label=[2, 2], **few))  # "no class"
+    assert not torch.equal(edited, undiffuse.generate(model, 2, **few))
+
+
+def test_every_option_that_decides_how_pictures_are_made_reaches_the_sampler(
+    monkeypatch: pytest.MonkeyPatch, world: World, ask: Ask
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def generate(model: Model, count: int, **options: Any) -> Tensor:
+        seen.append(options)
+        return torch.zeros(count, 3, SIZE, SIZE)
+
+    monkeypatch.setattr(runs._editing, "generate", generate)
+    monkeypatch.setattr(runs._generate, "generate", generate)
+    how = (
+        "--seed 5 --num-inference-steps 3 --guidance-scale 2 --guidance-low 0.5 --guidance-high 4"
+        " --batch-size 7 --mixed-precision no --class-label day --output-dir new"
+    )
+    for line in (
+        f"inpaint {{run}} {DAY} {{root}}/mask.png {how}",
+        f"edit {{run}} {DAY} {how}",
+        f"sample {{run}} {how}",
+    ):
+        ask(line)
+        for name, value in {
+            "seed": 5,
+            "num_inference_steps": 3,
+            "guidance_scale": 2.0,
+            "guidance_interval": (0.5, 4.0),
+            "batch_size": 7,
+            "mixed_precision": "no",
+        }.items():
+            assert seen[-1][name] == value, (line, name)
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(("strength", "steps"), [(0.0, 0), (0.3, 2), (0.5, 2), (0.51, 3), (1, 4)])
 def test_only_the_share_of_the_steps_is_taken(
     model: Model, day: Tensor, strength: float, steps: int
@@ -459,7 +503,6 @@ def test_a_seed_and_a_picture(ask: Ask) -> None:
 
 # --- refusals -----------------------------------------------------------------------------------
 
-DAY = "{pictures}/day/00.png"
 REFUSED = {
     f"denoise {{run}} {DAY} --add-noise --sigma auto": (2, "add_noise needs --sigma"),
     f"denoise {{run}} {DAY} --add-noise --clean {DAY}": (2, "clean does not go with --add-noise"),

@@ -225,43 +225,56 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
 # --- inpaint, edit ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the commands below have in common, checked."""
+
+    config: SampleConfig
+    model: Model
+    folder: Path
+    label: Tensor | None  # of each picture; None is "no class"
+
+    @property
+    def batches(self) -> int:
+        return -(-self.config.num_images // self.config.batch_size)
+
+
+def _asked(arguments: Arguments, count: int, folder: str) -> _Asked:
+    """`count` pictures in `folder`, unless stated."""
+    config = arguments.section(SampleConfig(num_images=count))
+    model = load_model(arguments.given)
+    place = output_folder(arguments.given, folder)
+    check_memory(model, config.num_images, "num_images:")
+    label = runs.parse_labels(model, config.class_label, config.num_images)
+    return _Asked(config, model, place, label)
+
+
 def inpaint(arguments: Arguments, out: Output) -> int:
     """`undiffuse inpaint`: fill the white part of a mask, several times."""
     given = arguments.given
-    config = arguments.section(SampleConfig(num_images=DRAWN))
     repeats = given.get("num_resamples")
     repeats = None if repeats is None else whole("num_resamples", repeats, 1)
-    model = load_model(given)
-    picture = _own_size(given["image"], model)
-    hole = images.read(given["mask"], 1)[0] > 0
+    asked = _asked(arguments, DRAWN, "inpainted")
+    picture, hole = _own_size(given["image"], asked.model), images.read(given["mask"], 1)[0] > 0
     _check_mask(given["mask"], hole, picture)
-    folder = output_folder(given, "inpainted")
-    check_memory(model, config.num_images, "num_images:")
-    label, weak = runs.parse_labels(model, config.class_label, config.num_images), load_guide(given)
-    steps = _batches(config) * config.num_inference_steps
-    with Bar(out, steps, "inpaint") as bar:
+    weak = load_guide(given)
+    with Bar(out, asked.batches * asked.config.num_inference_steps, "inpaint") as bar:
         made = runs.inpaint(
-            model,
+            asked.model,
             picture,
             hole,
-            config.num_images,
-            label=label,
+            asked.config.num_images,
+            label=asked.label,
             num_resamples=repeats,
-            num_inference_steps=config.num_inference_steps,
-            seed=config.seed,
-            guidance_scale=config.guidance_scale,
-            guidance_interval=config.guidance_interval,
             weak=weak,
-            batch_size=config.batch_size,
-            mixed_precision=config.mixed_precision,
             on_step=lambda step: bar.advance(),
+            **runs.sampling_options(asked.config),
         )
-    warn_unguided(given, config.guidance_scale, out)
+    warn_unguided(given, asked.config.guidance_scale, out)
     told = torch.where(hole, 0.0, picture)  # the hole in grey
-    stem = f"{Path(given['image']).stem}_filled"
-    files = _save_all(made, told, folder / stem, model)
+    files = _save_all(made, told, f"{Path(given['image']).stem}_filled", asked)
     _say(files, out)
-    out.result("inpaint", files=files, seed=config.seed, pixels=int(hole.sum()))
+    out.result("inpaint", files=files, seed=asked.config.seed, pixels=int(hole.sum()))
     return 0
 
 
@@ -278,45 +291,46 @@ def _check_mask(name: str, hole: Tensor, picture: Tensor) -> None:
 def edit(arguments: Arguments, out: Output) -> int:
     """`undiffuse edit`: image to image."""
     given = arguments.given
-    config = arguments.section(SampleConfig(num_images=DRAWN))
-    strength = number("strength", given.get("strength", 0.5))
-    if not 0.0 <= strength <= 1.0:
-        raise ConfigError(f"strength must be in [0, 1]; got {strength:g}")
-    model = load_model(given)
-    names: list[str] = given["images"]
-    pictures = [_own_size(name, model) for name in names]
-    folder = output_folder(given, "edited")
-    check_memory(model, config.num_images, "num_images:")
-    label, weak = runs.parse_labels(model, config.class_label, config.num_images), load_guide(given)
-    steps = math.ceil(round(strength * config.num_inference_steps, 9)) * _batches(config)
+    strength = _strength(given)
+    asked = _asked(arguments, DRAWN, "edited")
+    config = asked.config
+    pictures = [_own_size(name, asked.model) for name in given["images"]]
+    weak = load_guide(given)
+    steps = math.ceil(round(strength * config.num_inference_steps, 9)) * asked.batches
     results: list[list[str]] = []
     with Bar(out, max(1, steps) * len(pictures), "edit") as bar:
-        for stem, picture in zip(_stems(names), pictures, strict=True):
+        for stem, picture in zip(_stems(given["images"]), pictures, strict=True):
             made = runs.edit(
-                model,
+                asked.model,
                 picture,
                 strength,
                 config.num_images,
-                label=label,
+                label=asked.label,
                 sampler=config.sampler.value,
-                num_inference_steps=config.num_inference_steps,
-                seed=config.seed,
-                guidance_scale=config.guidance_scale,
-                guidance_interval=config.guidance_interval,
                 weak=weak,
-                batch_size=config.batch_size,
-                mixed_precision=config.mixed_precision,
                 on_step=lambda step: bar.advance(),
+                **runs.sampling_options(config),
             )
-            results.append(_save_all(made, picture, folder / f"{stem}_edited", model))
+            results.append(_save_all(made, picture, f"{stem}_edited", asked))
     warn_unguided(given, config.guidance_scale, out)
+    _say_edited(results, strength, asked, out)
+    return 0
+
+
+def _strength(given: Given) -> float:
+    strength = number("strength", given.get("strength", 0.5))
+    if not 0.0 <= strength <= 1.0:
+        raise ConfigError(f"strength must be in [0, 1]; got {strength:g}")
+    return strength
+
+
+def _say_edited(results: list[list[str]], strength: float, asked: _Asked, out: Output) -> None:
     for files in results:
         _say(files, out)
-    sigma = runs.strength_sigma(model, strength, config.num_inference_steps)
+    sigma = runs.strength_sigma(asked.model, strength, asked.config.num_inference_steps)
     out.say(f"strength {strength:g} is noise of sigma {sigma:.3g}")
     files = [path for group in results for path in group]
-    out.result("edit", files=files, seed=config.seed, strength=strength, sigma=sigma)
-    return 0
+    out.result("edit", files=files, seed=asked.config.seed, strength=strength, sigma=sigma)
 
 
 def _own_size(name: str, model: Model) -> Tensor:
@@ -334,18 +348,14 @@ def _size(picture: Tensor) -> str:
     return f"{picture.shape[-2]}x{picture.shape[-1]}"
 
 
-def _batches(config: SampleConfig) -> int:
-    return -(-config.num_images // config.batch_size)
-
-
-def _save_all(made: Tensor, first: Tensor, place: Path, model: Model) -> list[str]:
+def _save_all(made: Tensor, first: Tensor, stem: str, asked: _Asked) -> list[str]:
     """A sheet with what was given and what came out, and every result as a file of its own."""
-    sheet = place.with_name(f"{place.name}.png")
+    sheet = asked.folder / f"{stem}.png"
     row = torch.cat((first[None], made))
     images.save_grid(row, sheet, columns=min(len(row), ACROSS))
-    paths = [place.with_name(f"{place.name}_{i:05d}.png") for i in range(len(made))]
+    paths = [asked.folder / f"{stem}_{i:05d}.png" for i in range(len(made))]
     for picture, path in zip(made, paths, strict=True):
-        images.save_image(picture, path, model.pictures.bits)
+        images.save_image(picture, path, asked.model.pictures.bits)
     return [path.as_posix() for path in (sheet, *paths)]
 
 
@@ -360,38 +370,40 @@ def _say(files: Sequence[str], out: Output) -> None:
 def interpolate(arguments: Arguments, out: Output) -> int:
     """`undiffuse interpolate`: the way from one seed or picture to another."""
     given = arguments.given
-    config = arguments.section(SampleConfig(num_images=BETWEEN))
     film = one_of("film", str(given["film"]), FILMS) if "film" in given else None
+    names = [str(given["a"]), str(given["b"])]
+    asked = _asked(arguments, BETWEEN, "interpolated")
+    config = asked.config
     if len(config.class_label) > 1:
         raise ConfigError("class_label must be one for all pictures on the way; got several")
-    names = [str(given["a"]), str(given["b"])]
-    model = load_model(given)
-    ends = [_end(name, model) for name in names]
-    folder = output_folder(given, "interpolated")
-    check_memory(model, config.num_images, "num_images:")
-    label = runs.parse_labels(model, config.class_label, 1)
-    with Bar(out, _batches(config) * config.num_inference_steps, "interpolate") as bar:
+    ends = [_end(name, asked.model) for name in names]
+    with Bar(out, asked.batches * config.num_inference_steps, "interpolate") as bar:
         made = runs.interpolate(
-            model,
+            asked.model,
             ends[0],
             ends[1],
             config.num_images,
-            label=None if label is None else int(label),
+            label=None if asked.label is None else int(asked.label[0]),
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             batch_size=config.batch_size,
             mixed_precision=config.mixed_precision,
             on_step=lambda step: bar.advance(),
         )
-    place = folder / "_to_".join(Path(name).stem for name in names)
-    files = [place.with_name(f"{place.name}.png")]
-    images.save_grid(made, files[0], columns=min(len(made), 2 * ACROSS))
-    if film is not None:
-        files.append(place.with_name(f"{place.name}.{film}"))
-        there_and_back = [*made, *made.flip(0)[1:-1]]
-        images.save_film([one[None] for one in there_and_back], files[1])
+    files = _save_way(made, asked.folder / "_to_".join(Path(name).stem for name in names), film)
     _say_ends(names, ends, made, files, out)
     return 0
+
+
+def _save_way(made: Tensor, place: Path, film: str | None) -> list[Path]:
+    """All in one sheet; the film goes there and back."""
+    sheet = place.with_name(f"{place.name}.png")
+    images.save_grid(made, sheet, columns=min(len(made), 2 * ACROSS))
+    if film is None:
+        return [sheet]
+    path = place.with_name(f"{place.name}.{film}")
+    images.save_film([one[None] for one in (*made, *made.flip(0)[1:-1])], path)
+    return [sheet, path]
 
 
 def _end(name: str, model: Model) -> Tensor | int:

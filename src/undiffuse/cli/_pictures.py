@@ -42,9 +42,17 @@ def sample(arguments: Arguments, out: Output) -> int:
     label = runs.parse_labels(model, config.class_label, config.num_images)
     frames: list[Tensor] = []
     weak = load_guide(given)
-    make = partial(runs.generate, model, label=label, sampler=sampler, weak=weak)
     with Bar(out, _sampler_steps(config), "sample") as bar:
-        pictures = _generate(make, config, _watch(bar, frames, config, film is not None))
+        pictures = runs.generate(
+            model,
+            config.num_images,
+            label=label,
+            sampler=sampler,
+            weak=weak,
+            torch_compile=config.torch_compile,
+            on_step=_watch(bar, frames, config, film is not None),
+            **runs.sampling_options(config),
+        )
     if label is None:
         label = runs.labels_in_turn(model, len(pictures))
     written = write(pictures, label, model, folder, config)
@@ -54,22 +62,6 @@ def sample(arguments: Arguments, out: Output) -> int:
     warn_unguided(given, config.guidance_scale, out)
     _say_written(written, folder, config, out)
     return 0
-
-
-def _generate(
-    make: Callable[..., Tensor], config: SampleConfig, on_step: Callable[[Step], None]
-) -> Tensor:
-    return make(
-        count=config.num_images,
-        seed=config.seed,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
-        batch_size=config.batch_size,
-        mixed_precision=config.mixed_precision,
-        torch_compile=config.torch_compile,
-        on_step=on_step,
-    )
 
 
 def _watch(

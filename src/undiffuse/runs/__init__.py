@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     )
     from undiffuse.runs._filters import check_filters, filters, training_gaussian
     from undiffuse.runs._folder import RunFolder, check_writable, stored_config
-    from undiffuse.runs._generate import film, generate, labels_in_turn, parse_labels
+    from undiffuse.runs._generate import (
+        film,
+        generate,
+        labels_in_turn,
+        parse_labels,
+        sampling_options,
+    )
     from undiffuse.runs._likelihood import (
         LikelihoodOptions,
         RunLikelihood,
@@ -112,6 +118,7 @@ __all__ = [
     "resumed_config",
     "run_likelihood",
     "sample_count",
+    "sampling_options",
     "stored_config",
     "strength_sigma",
     "training_gaussian",
@@ -172,6 +179,7 @@ _HOMES = {
     "resumed_config": "_plan",
     "run_likelihood": "_likelihood",
     "sample_count": "_evaluate",
+    "sampling_options": "_generate",
     "stored_config": "_folder",
     "strength_sigma": "_editing",
     "training_gaussian": "_filters",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,7 @@ from undiffuse.guidance import Denoise, clipped, with_label
 from undiffuse.noise import KarrasSpacing, NoiseLevel, Stream, keyed_normal, levels
 from undiffuse.runs._generate import (
     OnStep,
+    SamplingOptions,
     checked_labels,
     denoise_function,
     generate,
@@ -270,14 +271,9 @@ def inpaint(
     *,
     label: Int[Tensor, "n"] | Sequence[int] | None = None,
     num_resamples: int | None = None,
-    num_inference_steps: int = 20,
-    seed: int = 0,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, math.inf),
     weak: Model | None = None,
-    batch_size: int = 64,
-    mixed_precision: Precision | str = Precision.AUTO,
     on_step: OnStep = lambda step: None,
+    **options: Unpack[SamplingOptions],
 ) -> Float[Tensor, "n c h w"]:
     """The picture with its hole filled in, `count` times; all else stays bit for bit.
 
@@ -290,8 +286,7 @@ def inpaint(
         hole: True where to fill.
         label: class per result; None is "no class".
         num_resamples: how often RePaint repeats each step; 1 is plain replacement.
-
-    Others are those of `generate`.
+        weak, on_step, options: as of `generate`: seed, num_inference_steps ...
 
     Raises:
         ConfigError: the hole has another size or is empty, or as `generate`.
@@ -316,16 +311,11 @@ def inpaint(
     made = generate(
         model,
         count,
-        seed=seed,
-        label=_labels(model, label, count, guidance_scale, weak),
+        label=_labels(model, label, count, weak, options),
         sampler=method,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
         weak=weak,
-        batch_size=batch_size,
-        mixed_precision=mixed_precision,
         on_step=on_step,
+        **options,
     )
     return torch.where(hole, made, picture)
 
@@ -338,24 +328,19 @@ def edit(
     *,
     label: Int[Tensor, "n"] | Sequence[int] | None = None,
     sampler: Sampler | str = "dpmpp_2m",
-    num_inference_steps: int = 20,
-    seed: int = 0,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, math.inf),
     weak: Model | None = None,
-    batch_size: int = 64,
-    mixed_precision: Precision | str = Precision.AUTO,
     on_step: OnStep = lambda step: None,
+    **options: Unpack[SamplingOptions],
 ) -> Float[Tensor, "n c h w"]:
     """Image to image: noise is added to the picture and taken away again (SDEdit, 2108.01073).
 
     Args:
         picture: of the model's size.
         strength: the share of the sampler's steps that is taken, from the noise level at which
-            they begin: 0 returns the picture, 1 is `generate`, which has not seen it.
-        label: class per result; None is "no class".
-
-    Others are those of `generate`.
+            they begin: 0 returns the picture, 1 is `generate` with these labels, which has not
+            seen it.
+        label: class per result; None is "no class", where `generate` takes all classes in turn.
+        weak, on_step, options: as of `generate`: seed, num_inference_steps ...
 
     Raises:
         ConfigError: `strength` is outside [0, 1], or as `generate`.
@@ -370,16 +355,11 @@ def edit(
     return generate(
         model,
         count,
-        seed=seed,
-        label=_labels(model, label, count, guidance_scale, weak),
+        label=_labels(model, label, count, weak, options),
         sampler=editing.partly(x0, strength, model.denoiser.schedule, run),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
         weak=weak,
-        batch_size=batch_size,
-        mixed_precision=mixed_precision,
         on_step=on_step,
+        **options,
     )
 
 
@@ -391,17 +371,22 @@ def strength_sigma(model: Model, strength: float, num_inference_steps: int = 20)
 
 
 def _labels(
-    model: Model, label: Tensor | Sequence[int] | None, count: int, scale: float, weak: Model | None
+    model: Model,
+    label: Tensor | Sequence[int] | None,
+    count: int,
+    weak: Model | None,
+    options: SamplingOptions,
 ) -> Int[Tensor, "n"] | Sequence[int] | None:
     """As given; else no class, where `generate` would take all in turn."""
     if label is not None:
         return label
-    _check_guided(scale, weak)
+    if weak is None:
+        _check_unguided(options.get("guidance_scale", 1.0))
     return one_label(model, None, count)
 
 
-def _check_guided(scale: float, weak: Model | None = None) -> None:
-    if scale != 1.0 and weak is None:
+def _check_unguided(scale: float) -> None:
+    if scale != 1.0:
         raise ConfigError(
             f"guidance_scale {scale:g} needs a class label (or autoguidance): without one there"
             " is nothing to guide towards"
@@ -438,11 +423,12 @@ def interpolate(
     """Pictures on the way from a to b, ends included, evenly spaced on a great circle of noise.
 
     A seed stands for the noise of its first picture: that end is `generate(model, 1, seed=a,
-    sampler="heun")`. A picture is encoded to the noise that `heun` would make it of
-    (`editing.encode`) and decoded like the others; its end is the picture up to the error of both.
+    sampler="heun")` with the same label. A picture is encoded to the noise that `heun` would make
+    it of (`editing.encode`) and decoded like the others; its end is the picture up to the error of
+    both.
 
     Args:
-        label: class of all of them; None is "no class".
+        label: class of all of them; None is "no class", where `generate` takes all classes in turn.
 
     Raises:
         ConfigError: `count` is below 2, or as `generate`.
@@ -453,7 +439,7 @@ def interpolate(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
     if label is None:
-        _check_guided(guidance_scale)
+        _check_unguided(guidance_scale)
     grid = levels(model.denoiser.schedule, num_inference_steps, spacing_of(model))
     precision = choice("mixed_precision", Precision, mixed_precision)
     quick = quick_denoiser(model, precision, False)

@@ -14,7 +14,7 @@ from undiffuse.checkpoint import Model
 from undiffuse.config import JUDGED, Device, SampleConfig, Weights
 from undiffuse.errors import ConfigError
 from undiffuse.runs._folder import RunFolder, write_json
-from undiffuse.runs._generate import generate, labels_in_turn
+from undiffuse.runs._generate import generate, labels_in_turn, sampling_options
 from undiffuse.runs._load import guide, load
 from undiffuse.runs._real import Crops, Real, real_pictures
 from undiffuse.sampling import Step
@@ -194,16 +194,11 @@ def sampled(
     return generate(
         model,
         count,
-        seed=config.seed,
         sampler=sampler or config.sampler.value,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
         weak=weak,
-        batch_size=config.batch_size,
-        mixed_precision=config.mixed_precision,
         torch_compile=config.torch_compile,
         on_step=on_step,
+        **sampling_options(config),
     )
 
 

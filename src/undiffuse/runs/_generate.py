@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from undiffuse import runtime
 from undiffuse.checkpoint import Model
-from undiffuse.config import Precision
+from undiffuse.config import Precision, SampleConfig
 from undiffuse.denoiser import Denoiser, KarrasPrecond
 from undiffuse.errors import ConfigError
 from undiffuse.guidance import (
@@ -30,6 +31,29 @@ from undiffuse.sampling import SAMPLERS, Sampler, Step, start
 
 OnStep = Callable[[Step], None]
 EVERYWHERE = (0.0, math.inf)  # all noise levels sigma / alpha
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The options of `generate` that decide how pictures are made, and not which."""
+
+    num_inference_steps: int
+    seed: int
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    batch_size: int
+    mixed_precision: Precision | str
+
+
+def sampling_options(config: SampleConfig) -> SamplingOptions:
+    """Those that a configuration names."""
+    return SamplingOptions(
+        num_inference_steps=config.num_inference_steps,
+        seed=config.seed,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
+        batch_size=config.batch_size,
+        mixed_precision=config.mixed_precision,
+    )
 
 
 @torch.no_grad()
