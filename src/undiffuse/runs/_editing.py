@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,8 +16,8 @@ from undiffuse.errors import ConfigError, DataError, ResourceError
 from undiffuse.guidance import Denoise, clipped, with_label
 from undiffuse.noise import KarrasSpacing, NoiseLevel, Stream, keyed_normal, levels
 from undiffuse.runs._generate import (
+    EVERYWHERE,
     OnStep,
-    SamplingOptions,
     checked_labels,
     denoise_function,
     generate,
@@ -271,9 +271,14 @@ def inpaint(
     *,
     label: Int[Tensor, "n"] | Sequence[int] | None = None,
     num_resamples: int | None = None,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = EVERYWHERE,
     weak: Model | None = None,
+    batch_size: int = 64,
+    mixed_precision: Precision | str = Precision.AUTO,
     on_step: OnStep = lambda step: None,
-    **options: Unpack[SamplingOptions],
 ) -> Float[Tensor, "n c h w"]:
     """The picture with its hole filled in, `count` times; all else stays bit for bit.
 
@@ -286,7 +291,8 @@ def inpaint(
         hole: True where to fill.
         label: class per result; None is "no class".
         num_resamples: how often RePaint repeats each step; 1 is plain replacement.
-        weak, on_step, options: as of `generate`: seed, num_inference_steps ...
+
+    Others are those of `generate`.
 
     Raises:
         ConfigError: the hole has another size or is empty, or as `generate`.
@@ -311,11 +317,16 @@ def inpaint(
     made = generate(
         model,
         count,
-        label=_labels(model, label, count, weak, options),
+        label=_labels(model, label, count, guidance_scale, weak),
         sampler=method,
+        seed=seed,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         weak=weak,
+        batch_size=batch_size,
+        mixed_precision=mixed_precision,
         on_step=on_step,
-        **options,
     )
     return torch.where(hole, made, picture)
 
@@ -328,9 +339,14 @@ def edit(
     *,
     label: Int[Tensor, "n"] | Sequence[int] | None = None,
     sampler: Sampler | str = "dpmpp_2m",
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = EVERYWHERE,
     weak: Model | None = None,
+    batch_size: int = 64,
+    mixed_precision: Precision | str = Precision.AUTO,
     on_step: OnStep = lambda step: None,
-    **options: Unpack[SamplingOptions],
 ) -> Float[Tensor, "n c h w"]:
     """Image to image: noise is added to the picture and taken away again (SDEdit, 2108.01073).
 
@@ -340,7 +356,8 @@ def edit(
             they begin: 0 returns the picture, 1 is `generate` with these labels, which has not
             seen it.
         label: class per result; None is "no class", where `generate` takes all classes in turn.
-        weak, on_step, options: as of `generate`: seed, num_inference_steps ...
+
+    Others are those of `generate`.
 
     Raises:
         ConfigError: `strength` is outside [0, 1], or as `generate`.
@@ -355,11 +372,16 @@ def edit(
     return generate(
         model,
         count,
-        label=_labels(model, label, count, weak, options),
+        label=_labels(model, label, count, guidance_scale, weak),
         sampler=editing.partly(x0, strength, model.denoiser.schedule, run),
+        seed=seed,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         weak=weak,
+        batch_size=batch_size,
+        mixed_precision=mixed_precision,
         on_step=on_step,
-        **options,
     )
 
 
@@ -371,17 +393,13 @@ def strength_sigma(model: Model, strength: float, num_inference_steps: int = 20)
 
 
 def _labels(
-    model: Model,
-    label: Tensor | Sequence[int] | None,
-    count: int,
-    weak: Model | None,
-    options: SamplingOptions,
+    model: Model, label: Tensor | Sequence[int] | None, count: int, scale: float, weak: Model | None
 ) -> Int[Tensor, "n"] | Sequence[int] | None:
     """As given; else no class, where `generate` would take all in turn."""
     if label is not None:
         return label
     if weak is None:
-        _check_unguided(options.get("guidance_scale", 1.0))
+        _check_unguided(scale)
     return one_label(model, None, count)
 
 

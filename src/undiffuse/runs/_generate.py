@@ -33,8 +33,8 @@ OnStep = Callable[[Step], None]
 EVERYWHERE = (0.0, math.inf)  # all noise levels sigma / alpha
 
 
-class SamplingOptions(TypedDict, total=False):
-    """The options of `generate` that decide how pictures are made, and not which."""
+class SamplingOptions(TypedDict):
+    """What `generate`, `inpaint` and `edit` take alike from a `SampleConfig`."""
 
     num_inference_steps: int
     seed: int
@@ -45,7 +45,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def sampling_options(config: SampleConfig) -> SamplingOptions:
-    """Those that a configuration names."""
+    """For `generate(model, count, **sampling_options(config))`."""
     return SamplingOptions(
         num_inference_steps=config.num_inference_steps,
         seed=config.seed,
