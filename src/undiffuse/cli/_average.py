@@ -19,6 +19,7 @@ def average(arguments: Arguments, out: Output) -> int:
     run, length = Path(given["run"]), ema_length(given)
     if length is None:
         raise ConfigError("ema_length is missing: name the length, such as --ema-length 0.08")
+    runs.check_run(run, "ema_length and checkpoint")
     path = Path(given.get("output", run / f"ema-{length:g}.safetensors"))
     if path.resolve().is_relative_to((run / "ema").resolve()):
         raise ConfigError(f"{path} lies in what is read; name another place with -o")

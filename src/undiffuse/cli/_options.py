@@ -50,7 +50,7 @@ def ema_length(given: Given) -> float | None:
 
 
 def autoguidance(given: Given) -> str | int | None:
-    """A step is a number; "early" or a path stays text."""
+    """A step is a number; "early" or a path stays text, which ./2024 and ./early are."""
     which = given.get("autoguidance")
     return int(which) if which is not None and which.isdecimal() else which
 

@@ -331,7 +331,7 @@ def _add_autoguidance(parser: argparse.ArgumentParser) -> None:
         "--autoguidance",
         metavar="early|STEP|RUN",
         help="guide with a weaker model, by --guidance-scale: an early average of this run, its"
-        " average at a step, or another run (2406.02507)",
+        " average at a step, or another run, ./2024 if a number is its name (2406.02507)",
     )
 
 
@@ -391,7 +391,7 @@ def _add_inpaint(parser: argparse.ArgumentParser) -> None:
         "--num-resamples",
         metavar="N",
         help="use RePaint (2201.09865), which takes every step N times and needs no derivative"
-        " (default: moment matching, 2405.13712, closer in less time)",
+        " (default: moment matching, 2405.13712, closer in the time of about 10)",
     )
     _add_results(parser, "different fillings (default: 4)", "inpainted", "sampler")
     _add_autoguidance(parser)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         Side,
         run_likelihood,
     )
-    from undiffuse.runs._load import averaged, guide, list_models, load, missing_run
+    from undiffuse.runs._load import averaged, check_run, guide, list_models, load, missing_run
     from undiffuse.runs._pareto import Pareto, pareto_run
     from undiffuse.runs._plan import Plan, Request, resumed_config
     from undiffuse.runs._report import next_commands, write_report
@@ -91,6 +91,7 @@ __all__ = [
     "averaged",
     "check_filters",
     "check_free",
+    "check_run",
     "check_writable",
     "compare_runs",
     "denoise_pictures",
@@ -152,6 +153,7 @@ _HOMES = {
     "averaged": "_load",
     "check_filters": "_filters",
     "check_free": "_exchange",
+    "check_run": "_load",
     "check_writable": "_folder",
     "compare_runs": "_against",
     "denoise_pictures": "_editing",

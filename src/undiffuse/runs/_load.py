@@ -82,15 +82,14 @@ def guide(
             or the path of another run or model.
 
     Raises:
-        CheckpointError: nothing is there, or the run has kept no averages, or none of that step.
+        CheckpointError: nothing is there, or the run has kept no averages, none of that step, or
+            no early one.
+        ConfigError: `run` is a file.
     """
     if isinstance(which, Path) or (isinstance(which, str) and which != "early"):
         return load(which, device=device)
     path = Path(run)
-    if not path.exists():
-        raise CheckpointError(missing_run(path))
-    if not path.is_dir():
-        raise _not_a_run("autoguidance early and of a step", path)
+    check_run(path, "autoguidance early and of a step")
     where = runtime.choose_device(choice("device", Device, device))
     model = early(path, None if isinstance(which, str) else which)
     runtime.move(model.net, where)
@@ -98,11 +97,11 @@ def guide(
 
 
 def _read(path: Path, wanted: Weights, checkpoint: int | None, length: float | None) -> Model:
+    if wanted is Weights.RAW or checkpoint is not None or length is not None:
+        check_run(path, "weights, checkpoint and ema_length")
     if not path.exists():
         raise CheckpointError(missing_run(path))
     if not path.is_dir():
-        if wanted is Weights.RAW or checkpoint is not None or length is not None:
-            raise _not_a_run("weights, checkpoint and ema_length", path)
         return load_model(path)
     if length is None:
         return _from_run(path, wanted, checkpoint)
@@ -111,8 +110,17 @@ def _read(path: Path, wanted: Weights, checkpoint: int | None, length: float | N
     return rebuilt(path, length, checkpoint)
 
 
-def _not_a_run(names: str, path: Path) -> ConfigError:
-    return ConfigError(f"{names} choose within a run folder; {path} is a file")
+def check_run(path: Path, names: str) -> None:
+    """Refuse what is no run folder, for options of these names, which choose within one.
+
+    Raises:
+        CheckpointError: nothing is there.
+        ConfigError: it is a file.
+    """
+    if not path.exists():
+        raise CheckpointError(missing_run(path))
+    if not path.is_dir():
+        raise ConfigError(f"{names} choose within a run folder; {path} is a file")
 
 
 def missing_run(path: Path) -> str:
