@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -93,8 +94,8 @@ class Averages:
         return path
 
     def set_aside(self, step: int) -> None:
-        """Before a run goes on from `step`: what it will keep anew gets another name, and what a
-        killed save has left goes.
+        """Before a run goes on from `step`: what it will keep anew gets another name, which nothing
+        had before, and what a killed save has left goes.
 
         Raises:
             ResourceError: a file cannot be renamed or removed.
@@ -103,8 +104,8 @@ class Averages:
         torn = [self.folder / name for name in self._names(r"\.tmp-step_.*")]
         try:
             for path in later:
-                aside = path.with_name(f"{path.stem}-before-{step:08d}{path.suffix}")
-                self.disk.rename(path, aside)
+                once = f"{path.stem}-before-{step:08d}-{uuid4().hex[:8]}"
+                self.disk.rename(path, path.with_name(f"{once}{path.suffix}"))
             for path in torn:
                 self.disk.remove(path)
         except OSError as error:

@@ -21,6 +21,7 @@ from typing import Literal, TypeVar
 from uuid import uuid4
 
 from undiffuse.checkpoint._directory import (
+    Groups,
     Loaded,
     Snapshot,
     is_whole,
@@ -149,6 +150,19 @@ class Checkpoints:
         except OSError as error:
             raise ResourceError(f"cannot rename in {self.folder}: {reason_of(error)}") from error
         return later
+
+    def spare(self, tensors: Groups) -> int:
+        """Bytes that may be written beside, so that a checkpoint of these tensors still finds room.
+
+        Raises:
+            ResourceError: the disk does not say.
+        """
+        needed = sum(one.nbytes for group in tensors.values() for one in group.values())
+        there = self.folder if self.folder.is_dir() else self.folder.parent
+        try:
+            return self.disk.free_space(there) - int(SPARE * needed)
+        except OSError as error:
+            raise ResourceError(f"{there} cannot be measured: {reason_of(error)}") from error
 
     # --- steps of saving ------------------------------------------------------------------------
 

@@ -94,13 +94,22 @@ def early(run: Path, step: int | None = None) -> Model:
         step: at which averages were kept; None for the nearest to an eighth of the last.
 
     Raises:
-        CheckpointError: the run has kept none, none at that step, or it is damaged.
+        CheckpointError: the run has kept none, none at that step, none in its first half where no
+            step is named, or it is damaged.
     """
     kept = _kept(run, step)
-    if step is None:
-        eighth = kept[-1].step / EARLY
-        step = min(kept, key=lambda one: abs(one.step - eighth)).step
-    return [one for one in kept if one.step == step][-1].model()
+    chosen = _early_step(run, kept) if step is None else step
+    return [one for one in kept if one.step == chosen][-1].model()
+
+
+def _early_step(run: Path, kept: Sequence[Average]) -> int:
+    first, last = kept[0].step, kept[-1].step
+    if first > last / 2:
+        raise CheckpointError(
+            f"{run} has kept no early average: the first is of step {first}, the last of {last};"
+            " train with a larger --ema-snapshots, or guide with another run"
+        )
+    return min(kept, key=lambda one: abs(one.step - last / EARLY)).step
 
 
 def _kept(run: Path, step: int | None) -> Sequence[Average]:

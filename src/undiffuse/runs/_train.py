@@ -18,7 +18,7 @@ from undiffuse import images, kernels, runtime
 from undiffuse.checkpoint import Averages, Checkpoints, Model, RunLock, Snapshot, save_model
 from undiffuse.config import RunConfig, Tracker, flatten, override
 from undiffuse.errors import ConfigError, ResourceError
-from undiffuse.runs._averages import snapshot_steps
+from undiffuse.runs._averages import lengths_of, snapshot_steps
 from undiffuse.runs._folder import (
     RunFolder,
     append_line,
@@ -287,12 +287,24 @@ class _Run:
         """The averages, each as a model file; a full disk costs them, not the run."""
         state, train = self.state, self.plan.config.train
         try:
+            self._check_room()
             self.averages.save(self.model())
             if train.second_length is not None:
                 self.averages.save(self._model(state.ema, train.second_length), state.second)
         except ResourceError as error:
             append_line(self.plan.folder.log, str(error))
             yield Note(f"averages of step {state.step} not kept: {error}")
+
+    def _check_room(self) -> None:
+        """Beside the averages a checkpoint must still fit: a run goes on from that."""
+        tensors = self.state.tensors()
+        one = sum(tensor.nbytes for tensor in tensors["ema"].values())
+        need, spare = len(lengths_of(self.plan.config)) * one, self.checkpoints.spare(tensors)
+        if need > spare:
+            raise ResourceError(
+                f"they need {need / 1e6:,.1f} MB, and the disk has {max(0, spare) / 1e6:,.1f} MB"
+                " beside the next checkpoint; free some, or train with --ema-snapshots 0"
+            )
 
     def _validate(self, record: dict[str, Any]) -> Validated:
         plan, step = self.plan, self.state.step
