@@ -640,6 +640,22 @@ def test_a_loop_that_is_left_early_leaves_no_thread_behind() -> None:
     assert not any(t.name.startswith("batches") for t in threading.enumerate())
 
 
+def test_batches_are_made_on_one_core_and_steps_on_all() -> None:
+    seen: set[int] = set()
+
+    def counting(positions: range) -> tuple[Tensor, Tensor]:
+        seen.add(torch.get_num_threads())
+        return source(positions)
+
+    torch.set_num_threads(3)
+    try:
+        for _ in train(state_of(CONFIG), counting, RECIPE, CONFIG):
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {1}
+
+
 def test_a_source_that_fails_ends_the_loop_with_its_own_error() -> None:
     def broken(positions: range) -> tuple[Tensor, Tensor]:
         if positions.start >= 8:

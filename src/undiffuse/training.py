@@ -296,7 +296,8 @@ def train(
     Raises:
         DivergedError: ten updates in a row were not finite.
     """
-    with ThreadPoolExecutor(1, "batches") as pool:
+    # One core makes batches: a second team of threads beside the step's own makes both wait.
+    with ThreadPoolExecutor(1, "batches", torch.set_num_threads, (1,)) as pool:
         upcoming = _submit(pool, source, recipe, config, state.step)
         while state.step < config.max_train_steps and not stop():
             parts = [future.result() for future in upcoming]
