@@ -335,6 +335,14 @@ def test_timing_leaves_weights_gradients_mode_and_random_numbers_alone(training:
 def test_timing_takes_the_best_of_its_repeats_after_a_warm_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ticks = iter([0.0, 0.1, 1.0, 5.0, 10.0, 12.0, 20.0, 23.0])
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(ticks))
-    assert runtime.step_seconds(unet(), SHAPE, None, Path.PLAIN) == pytest.approx(2.0)
+    def ticking(*steps: float) -> list[float]:
+        return [tick for step in steps for tick in (0.0, step)]
+
+    def measured(*steps: float) -> float:
+        ticks = iter(ticking(*steps))
+        monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(ticks))
+        return runtime.step_seconds(unet(), SHAPE, None, Path.PLAIN)
+
+    assert measured(0.1, 4.0, 2.0) == 2.0  # slow steps: two are enough
+    assert measured(0.01, 0.25, 0.2, 0.1) == 0.1  # half a second of them
+    assert measured(0.01, *(0.003,) * 7, 0.002) == 0.002  # eight quick ones
