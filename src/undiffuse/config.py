@@ -438,10 +438,10 @@ RECIPES: dict[str, NamedRecipe] = {
         "the demo: about a minute of training",
         {
             "preset": "compact",
-            "max_train_steps": 1000,
+            "max_train_steps": 750,
             "learning_rate": 3e-3,
             "ema_length": 0.1,
-            "p_mean": -0.3,
+            "p_mean": -0.1,
             "p_std": 1.3,
             "stable_targets": True,
             "high_noise_weight": 10.0,
