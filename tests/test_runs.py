@@ -501,6 +501,19 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path, pictures: Path) 
     assert runs.stored_config(run).train.max_train_steps == 6
 
 
+def test_going_on_twice_from_one_step_loses_no_model(tmp_path: Path) -> None:
+    folder = runs.RunFolder(tmp_path)
+    for text in ("first", "second", "third"):
+        folder.model.write_text(text)
+        folder.set_aside(4)
+    kept = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert kept == {
+        "model-before-00000004.safetensors": "first",
+        "model-before-00000004-2.safetensors": "second",
+        "model-before-00000004-3.safetensors": "third",
+    }
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, pictures: Path) -> None:
     run = tmp_path / "run"
     events(request(pictures, run))

@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,10 +95,16 @@ class RunFolder:
         """
         for path in (self.model, self.evaluation):
             if path.exists():
-                path.replace(path.with_name(f"{path.stem}-before-{step:08d}{path.suffix}"))
+                path.replace(_free(path.with_stem(f"{path.stem}-before-{step:08d}")))
         for grid in self.samples.glob("step_*.png"):
             if grid.stem > f"step_{step:08d}":
                 grid.unlink()
+
+
+def _free(path: Path) -> Path:
+    """`path`, numbered where something has that name: going back twice must not lose the first."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(one for one in chain((path,), numbered) if not one.exists())
 
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
