@@ -193,26 +193,25 @@ def fields_chart(groups: Mapping[str, Group]) -> Figure:
         figure = Figure(figsize=(7.5, 3.2), layout="constrained")
         for place, side in enumerate(("16", "32")):
             axes = figure.add_subplot(1, 2, place + 1)
-            chosen = [n for n in groups if n.startswith(f"field/{side}/") and n.endswith("excess")]
-            for colour, name in zip(COLOURS, sorted(chosen), strict=False):
-                for number, line in enumerate(groups[name]):
+            for exponent, colour in enumerate(COLOURS, 1):
+                group = groups.get(f"field/{side}/exponent{exponent}/worst_excess", ())
+                for number, line in enumerate(group):
                     levels = line["detail"]["levels"]
-                    label = name.split("/")[2].replace("exponent", "exponent ")
                     axes.plot(
                         [row["ratio"] for row in levels],
                         [row["percent"] for row in levels],
                         color=colour,
                         lw=1.2,
-                        label=None if number else label,
+                        label=None if number else f"exponent {exponent}",
                     )
-            axes.axhline(1.0, color=INK, lw=1, ls="--")
+            axes.axhline(1.0, color=INK, lw=1, ls="--", label="target")
+            axes.set_ylim(0.0, max(1.4, axes.get_ylim()[1]))  # room for the legend
             axes.set_xscale("log")
             axes.set_title(f"{side} x {side}")
             axes.set_xlabel("sigma")
             axes.set_ylabel("excess over the exact optimum, %")
             axes.grid(True, color=GRID)
-            if chosen:
-                axes.legend(frameon=False)
+            axes.legend(frameon=False, ncols=2, loc="upper center")
         return figure
 
 
