@@ -1,4 +1,4 @@
-"""`demo`: the whole road on bundled pictures, in about two minutes."""
+"""`demo`: the whole road on bundled pictures, in about three minutes."""
 
 import time
 from functools import partial

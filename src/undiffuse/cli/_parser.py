@@ -611,7 +611,7 @@ _COMMANDS = {
     "demo": _Command(
         commands.demo,
         "",
-        "learn real digits, sample, evaluate, report: about two minutes",
+        "learn real digits, sample, evaluate, report: about three minutes",
         _add_demo,
     ),
     "train": _Command(
