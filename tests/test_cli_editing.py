@@ -157,7 +157,7 @@ def test_crops_lie_within_and_spread() -> None:
 
 
 def test_a_clean_picture_gives_figures_and_a_comparison(ask: Ask, world: World) -> None:
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra `compare` is optional")
     line = "denoise {run} {pictures}/day/00.png --add-noise --sigma 0.3 --compare --output-dir new"
     (one,) = ask(line)["files"]
     names = ["noisy", "denoised", "wiener", "trained wiener", "nlm"]
@@ -191,7 +191,7 @@ def test_the_table_is_printed(world: World, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("grey", [True, False])
 def test_filters_remove_noise_and_keep_the_picture_upright(grey: bool) -> None:
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra `compare` is optional")
     clean = torch.full((1 if grey else 3, 24, 32), -0.5)
     clean[:, 4:20, 4:8] = 0.5
     noisy = clean + 0.2 * keyed_normal(0, Stream.NOISE, range(1), tuple(clean.shape))[0]
@@ -206,7 +206,7 @@ def test_filters_remove_noise_and_keep_the_picture_upright(grey: bool) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
 def test_filters_take_a_single_line(size: tuple[int, int]) -> None:
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra `compare` is optional")
     noisy = keyed_normal(0, Stream.NOISE, range(1), (3, *size))[0]
     for one in runs.filters(noisy, 0.2).values():
         assert one.shape == noisy.shape

@@ -487,7 +487,7 @@ def test_the_train_optimum_is_told_as_much_as_the_denoiser() -> None:
 
 def test_of_a_class_without_training_pictures_the_train_optimum_says_nothing() -> None:
     (truth, train), (_, held_out) = two_classes(60, 1), two_classes(40, 2)
-    unseen = replace(held_out, label=held_out.label + 1)  # type: ignore[operator]
+    unseen = replace(held_out, label=held_out.label + 1)  # type: ignore[operator] # digits have labels
     told = Model(lambda x, level, label: truth(x, level))
     report = loss_by_level(
         told, train, unseen, draws=1, ratios=(0.3, 1.0), labelled=True, null=False

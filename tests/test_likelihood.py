@@ -340,7 +340,7 @@ def test_every_picture_that_goes_through_the_denoiser_is_counted(
         return mixture(x, level)
 
     options = {"num_probes": probes, "batch_size": batch_size, "tolerance": 0.2}
-    found = bits_per_dimension(counting, Karras(), x0, reading=Clean(), **options)  # type: ignore[arg-type]
+    found = bits_per_dimension(counting, Karras(), x0, reading=Clean(), **options)  # type: ignore[arg-type] # by name
     assert int(found.evaluations.sum()) == rows[0]
 
 

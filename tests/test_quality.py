@@ -161,7 +161,7 @@ def test_a_change_is_told_beside_the_same_seeds_of_the_base() -> None:
         return [{"seed": seed, "value": value} for seed, value in enumerate(values)]
 
     groups = {"base/nats": group([1.0, 2.0, 6.0]), "other/nats": group([0.75, 1.25])}
-    table = page._ablation(groups)  # pyright: ignore[reportPrivateUsage]
+    table = page._ablation(groups)  # pyright: ignore[reportPrivateUsage] # a part of the page
     assert "| base | 3 | 3.00 |" in table
     assert "| other | 2 | 1.00 (-0.500 ± 0.250) |" in table
 

@@ -448,7 +448,7 @@ RECIPES: dict[str, NamedRecipe] = {
         },
     ),
     "digits-best": NamedRecipe(
-        "as good as the digits allow: about ten minutes of training",
+        "as good as the digits allow: about a quarter of an hour of training at most",
         {
             "preset": "compact",
             "max_train_steps": 5500,

@@ -16,10 +16,10 @@ from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._options import (
     Given,
     check_memory,
+    film_format,
     load_guide,
     load_model,
     number,
-    one_of,
     output_folder,
     warn_unguided,
     whole,
@@ -30,7 +30,6 @@ from undiffuse.errors import ConfigError, DataError
 from undiffuse.noise import Stream, keyed_normal
 from undiffuse.oracles import Gaussian
 
-FILMS = ("webp", "gif")
 ADDED = 0.2  # the noise of --add-noise, unless it is stated
 DRAWN = 4  # results per picture, unless stated
 BETWEEN = 8  # pictures from one end to the other, unless stated
@@ -370,7 +369,7 @@ def _say(files: Sequence[str], out: Output) -> None:
 def interpolate(arguments: Arguments, out: Output) -> int:
     """`undiffuse interpolate`: the way from one seed or picture to another."""
     given = arguments.given
-    film = one_of("film", str(given["film"]), FILMS) if "film" in given else None
+    film = film_format(given)
     names = [str(given["a"]), str(given["b"])]
     asked = _asked(arguments, BETWEEN, "interpolated")
     config = asked.config

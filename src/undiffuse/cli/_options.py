@@ -12,6 +12,7 @@ from undiffuse.config import Device, Weights
 from undiffuse.errors import ConfigError, ResourceError
 
 Given = dict[str, Any]
+FILMS = ("webp", "gif")
 
 
 def load_model(given: Given) -> Model:
@@ -47,6 +48,11 @@ def checkpoint(given: Given) -> int | None:
 
 def ema_length(given: Given) -> float | None:
     return number("ema_length", given["ema_length"]) if "ema_length" in given else None
+
+
+def film_format(given: Given) -> str | None:
+    """What the animation is saved as; None where none is asked for."""
+    return one_of("film", str(given["film"]), FILMS) if "film" in given else None
 
 
 def autoguidance(given: Given) -> str | int | None:

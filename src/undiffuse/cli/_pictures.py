@@ -14,6 +14,7 @@ from undiffuse.checkpoint import Model
 from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._options import (
     check_memory,
+    film_format,
     load_guide,
     load_model,
     one_of,
@@ -25,7 +26,6 @@ from undiffuse.config import SampleConfig, SamplerName
 from undiffuse.errors import ConfigError
 from undiffuse.sampling import SAMPLERS, Sampler, Step, ddim
 
-FILMS = ("webp", "gif")
 LISTED = 4  # up to so many files are named one by one, more by their folder
 
 
@@ -34,7 +34,7 @@ def sample(arguments: Arguments, out: Output) -> int:
     given = arguments.given
     config = arguments.section(SampleConfig())
     write = WRITERS[one_of("format", str(given.get("format", "grid")), tuple(WRITERS))]
-    film = one_of("film", str(given["film"]), FILMS) if "film" in given else None
+    film = film_format(given)
     sampler = _sampler(config)
     model = load_model(given)
     folder = output_folder(given, "samples")
