@@ -429,9 +429,14 @@ def load() -> float:
         return 0.0
 
 
+def processor(about: Numbers) -> str:
+    """Its name and the most that it computes with, for which one name may stand for several."""
+    return " ".join([about["cpu"], *about["flags"][:1]])
+
+
 def machine_kind(about: Numbers) -> str:
-    """A file name for all machines like this one: "amd-epyc-2-threads"."""
-    words = [about["gpu"] or about["cpu"], f"{about['threads']} threads"]
+    """A file name for all machines like this one: "amd-epyc-avx2-2-threads"."""
+    words = [about["gpu"] or processor(about), f"{about['threads']} threads"]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 

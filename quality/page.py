@@ -1,7 +1,7 @@
 """`docs/quality.md` and its charts, from the results alone: `python -m quality.page`.
 
-Of every name and seed the newest line counts. The same results give the same bytes. `notes.md`
-beside this file is written by hand and included as it stands.
+Of every name and seed the newest line counts, whichever machine it is from. The same results give
+the same bytes. `notes.md` beside this file is written by hand and included as it stands.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.harness import processor
 from quality.harness import read
 from undiffuse import drawing
 
@@ -45,7 +46,8 @@ TITLES = {
 
 def write_page(results: Path, docs: Path, notes: Path) -> Path:
     """Draw the page and its charts; returns the page."""
-    groups = grouped([line for file in sorted(results.glob("*.jsonl")) for line in read(file)])
+    lines = [line for file in sorted(results.glob("*.jsonl")) for line in read(file)]
+    groups = grouped(sorted(lines, key=lambda line: line.get("date", "")))
     charts = docs / "images" / "quality"
     parts = [HEAD]
     if not groups:
@@ -91,7 +93,7 @@ def _sections(groups: Mapping[str, Group], charts: Path) -> Iterator[str]:
 def _machines(groups: Mapping[str, Group]) -> str:
     lines = [line for group in groups.values() for line in group]
     machines = dict.fromkeys(
-        f"{x['machine']['cpu']}, {x['threads']} of {x['machine']['cores']} cores" for x in lines
+        f"{processor(x['machine'])}, {x['threads']} of {x['machine']['cores']} cores" for x in lines
     )
     commits = dict.fromkeys(line["commit"] for line in lines if line["commit"])
     torch = dict.fromkeys(line["versions"]["torch"] for line in lines)

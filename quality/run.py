@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -97,6 +98,7 @@ def _measured(task: Task, lab: Lab, seed: int, file: Path | None) -> list[bool |
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     for place, one in enumerate(found, 1):
         tell(line(task, seed, one, {"last": place == len(found), **about}), file)

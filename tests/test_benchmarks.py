@@ -270,8 +270,10 @@ def test_the_machine_has_no_name() -> None:
     wanted = "cpu flags cores threads ram_gb gpu driver load_before load_after"
     assert set(about) == set(wanted.split())
     assert platform.node() not in json.dumps(about).split('"')
-    kind = machine_kind({**about, "cpu": "Some CPU (R) @ 2 GHz", "gpu": None})
-    assert kind == "some-cpu-r-2-ghz-2-threads"
+    cpu = {**about, "cpu": "Some CPU (R) @ 2 GHz", "flags": ["avx512f", "avx2"], "gpu": None}
+    assert machine_kind(cpu) == "some-cpu-r-2-ghz-avx512f-2-threads"
+    assert machine_kind({**cpu, "flags": []}) == "some-cpu-r-2-ghz-2-threads"
+    assert machine_kind({**cpu, "gpu": "NVIDIA H200"}) == "nvidia-h200-2-threads"
 
 
 @pytest.mark.parametrize("when", ["load_before", "load_after"])
