@@ -67,7 +67,7 @@ class FieldTraining:
         )
 
 
-SMALL_STEPS, LARGE_STEPS = (500, 1000, 1500), (800, 1600, 2500)  # smoother fields are harder
+SMALL_STEPS, LARGE_STEPS = (500, 1000, 1500), (300, 900, 2500)  # smoother fields are harder
 SMALL = tuple(
     FieldTraining(16, exponent, steps, 24, (1, 2))
     for exponent, steps in zip(EXPONENTS, SMALL_STEPS, strict=True)

@@ -168,9 +168,9 @@ def test_the_numbers_are_the_transformation(
         n1=float(flip_y),
         n2=scale,
         n3=math.cos(turn) - 1,
-        n4=math.sin(turn),
+        n4=-math.sin(turn),  # counter-clockwise; here y points down
         n5=stretch * math.cos(direction),
-        n6=stretch * math.sin(direction),
+        n6=-stretch * math.sin(direction),
         n7=right,
         n8=down,
     )
@@ -191,8 +191,18 @@ def test_the_numbers_are_the_transformation(
 
 def test_a_quarter_turn_is_rot90() -> None:
     x0 = blob(*offsets(24, 24))[None, None]
-    turned = transform(x0, numbers(n3=-1.0, n4=1.0))  # with y downwards: clockwise
-    assert float((turned - x0.rot90(-1, (2, 3))).abs().max()) < 0.01
+    turned = transform(x0, numbers(n3=-1.0, n4=1.0))  # counter-clockwise, as in the paper's code
+    assert float((turned - x0.rot90(1, (2, 3))).abs().max()) < 0.01
+
+
+def test_stretching_along_the_rising_diagonal() -> None:
+    """The paper's code counts directions counter-clockwise too: at 45 degrees what grows longer is
+    the diagonal that rises to the right."""
+    x, y = offsets(24, 24)
+    x0 = torch.exp(-(x**2 + y**2) / 8)[None, None]
+    out = transform(x0, numbers(n5=2 * math.cos(math.pi / 4), n6=2 * math.sin(math.pi / 4)))[0, 0]
+    rising, falling = float((out * x * y).sum()), float((out * x * -y).sum())  # y points down
+    assert rising < 0 < falling
 
 
 @pytest.mark.parametrize("share", [0.125, 0.25, 0.5, 0.6, 0.7, 0.8])

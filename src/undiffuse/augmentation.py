@@ -9,8 +9,9 @@ The numbers are those of 2206.00364, table 6, so that weights trained elsewhere 
     0     1: mirrored left to right
     1     1: mirrored upside down
     2     scale, in steps of 0.2 octaves
-    3, 4  cos - 1 and sin of the rotation
-    5, 6  stretch along a direction by steps of 0.2 octaves, and across it by as much less
+    3, 4  cos - 1 and sin of the rotation, counter-clockwise
+    5, 6  stretch along a direction, counter-clockwise from the right, by steps of 0.2 octaves,
+          and across it by as much less
     7, 8  shift to the right and down, in steps of 1/8 of the width and of the height
 
 They act in this order, about the picture's centre. `transform` knows nothing else, so what the
@@ -150,14 +151,17 @@ class Motion(NamedTuple):
 
 
 def motion(parameters: Float[Tensor, "b 9"], height: int, width: int) -> Motion:
-    """The motion that nine numbers stand for, on pictures of this size."""
+    """The motion that nine numbers stand for, on pictures of this size.
+
+    Sines change their sign: the table's angles are counter-clockwise, y points down.
+    """
     p = parameters.double()
     scale = torch.exp2(OCTAVES * p[:, 2])[:, None, None] * torch.eye(2, dtype=p.dtype)
     shift = p[:, 7:9] * SHARE * torch.tensor([width, height], dtype=p.dtype)
     whole = shift.round()  # n / side * side may miss n by a rounding
     return Motion(
         mirrored=p[:, 0:2] > 0.5,
-        linear=_stretch(p[:, 5], p[:, 6]) @ _rotation(p[:, 3] + 1, p[:, 4]) @ scale,
+        linear=_stretch(p[:, 5], -p[:, 6]) @ _rotation(p[:, 3] + 1, -p[:, 4]) @ scale,
         shift=torch.where((shift - whole).abs() < 1e-6, whole, shift),
     )
 
