@@ -8,6 +8,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def _sections(groups: Mapping[str, Group], charts: Path) -> Iterator[str]:
             drawing.save(figure, charts / f"{prefix}.svg")
             yield f"![{title}](images/quality/{prefix}.svg)\n"
         yield _table(chosen)
+    chosen = {n: g for n, g in groups.items() if n.startswith("samplers/")}
+    if chosen:
+        yield "## Samplers\n"
+        charts.mkdir(parents=True, exist_ok=True)
+        drawing.save(samplers_chart(chosen), charts / "samplers.svg")
+        yield "![Samplers](images/quality/samplers.svg)\n"
+        yield _samplers(chosen)
     for ground in ("digits", "photos"):
         start = f"ablation/{ground}/"
         chosen = {n: g for n, g in groups.items() if n.startswith(start)}
@@ -151,6 +159,26 @@ def _number(value: float) -> str:
         return f"{value:.0e}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
+
+
+def _samplers(groups: Mapping[str, Group]) -> str:
+    """A row per sampler, a column per number of evaluations that are allowed: the mean distance,
+    and how far the seeds scatter."""
+    names = list(dict.fromkeys(name.split("/")[1] for name in groups))
+    budgets = sorted({int(name.split("/")[2]) for name in groups})
+    rows = [("Fréchet distance at", *map(str, budgets))]
+    for name in names:
+        cells = [groups.get(f"samplers/{name}/{budget}", ()) for budget in budgets]
+        rows.append((f"`{name}`", *(_scatter([line["value"] for line in one]) for one in cells)))
+    return _markdown(rows)
+
+
+def _scatter(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "not finite" if values else ""
+    spread = f" ± {_number(statistics.stdev(known))}" if len(known) > 1 else ""
+    return f"{_number(statistics.fmean(known))}{spread}"
 
 
 def _ablation(groups: Mapping[str, Group]) -> str:
@@ -237,6 +265,32 @@ def losses_chart(groups: Mapping[str, Group]) -> Figure | None:
         axes.set_ylabel("held-out error above the best bar, %")
         axes.grid(True, color=GRID)
         axes.legend(frameon=False)
+        return figure
+
+
+def samplers_chart(groups: Mapping[str, Group]) -> Figure:
+    """Mean distance by the number of evaluations: a line per sampler, the floor below them."""
+    with rc_context(LOOK):
+        figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        names = dict.fromkeys(name.split("/")[1] for name in groups)
+        for name, marker in zip(names, cycle("os^vDP*Xh"), strict=False):
+            points = {
+                statistics.fmean(line["detail"]["evaluations"] for line in group): group
+                for key, group in groups.items()
+                if key.split("/")[1] == name and all(line["value"] is not None for line in group)
+            }
+            across = sorted(points)
+            means = [statistics.fmean(line["value"] for line in points[at]) for at in across]
+            axes.plot(across, means, marker=marker, ms=4, lw=1.2, label=name)
+        floor = next(iter(groups.values()))[0]["floor"]
+        axes.axhline(floor, color=INK, lw=1, ls="--", label="real against real")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("evaluations of the network per picture")
+        axes.set_ylabel("Fréchet distance to held-out digits")
+        axes.grid(True, color=GRID, which="both")
+        axes.legend(frameon=False, ncols=2)
         return figure
 
 

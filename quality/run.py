@@ -17,11 +17,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import commit, load, machine, machine_kind, versions
-from quality import ablation, bits, digits, fields
+from quality import ablation, bits, digits, fields, samplers
 from quality.harness import Lab, Numbers, Task, finished, line, read
 
 HERE = Path(__file__).resolve().parent
-TASKS: tuple[Task, ...] = (*bits.TASKS, *digits.TASKS, *fields.TASKS, *ablation.TASKS)
+TASKS: tuple[Task, ...] = (
+    *bits.TASKS,
+    *digits.TASKS,
+    *samplers.TASKS,
+    *fields.TASKS,
+    *ablation.TASKS,
+)
 QUICK: tuple[Task, ...] = (*bits.QUICK, *digits.QUICK)
 
 

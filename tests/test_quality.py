@@ -172,3 +172,20 @@ def test_a_target_holds_only_if_every_seed_reaches_it(tmp_path: Path) -> None:
     text = page._table(page.grouped(read(file)))  # pyright: ignore[reportPrivateUsage]
     assert "| 1.00 | 0.000 … 2.00 | 3 |" in text
     assert "**no** (2 of 3)" in text
+
+
+def test_samplers_stand_beside_each_other(tmp_path: Path) -> None:
+    def found(lab: Lab, seed: int) -> Iterator[Finding]:
+        for budget in (5, 10):
+            evaluations = {"evaluations": budget, "steps": budget, "rms": None}
+            yield Finding(f"samplers/heun/{budget}", seed + 10 / budget, floor=1, detail=evaluations)
+        yield Finding("samplers/ddpm/10", math.nan, floor=1, detail=evaluations)
+
+    task = Task("samplers", found, seeds=(0, 1))
+    run.measured([task], Lab(tmp_path), None, tmp_path / "results")
+    made = page.write_page(tmp_path / "results", tmp_path, tmp_path / "none.md")
+    text = made.read_text(encoding="utf-8")
+    assert "| Fréchet distance at | 5 | 10 |" in text
+    assert "| `heun` | 2.50 ± 0.707 | 1.50 ± 0.707 |" in text
+    assert "| `ddpm` |  | not finite |" in text
+    assert (tmp_path / "images" / "quality" / "samplers.svg").stat().st_size > 1000
