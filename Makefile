@@ -31,11 +31,11 @@ demo: setup
 	$(BIN)/undiffuse demo
 
 test: setup-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The inner loop: without the longer tests.
 test-fast: setup-dev
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 check: setup-dev
 	$(BIN)/ruff format --check .
