@@ -177,9 +177,9 @@ def test_a_target_holds_only_if_every_seed_reaches_it(tmp_path: Path) -> None:
 def test_samplers_stand_beside_each_other(tmp_path: Path) -> None:
     def found(lab: Lab, seed: int) -> Iterator[Finding]:
         for budget in (5, 10):
-            evaluations = {"evaluations": budget, "steps": budget, "rms": None}
-            yield Finding(f"samplers/heun/{budget}", seed + 10 / budget, floor=1, detail=evaluations)
-        yield Finding("samplers/ddpm/10", math.nan, floor=1, detail=evaluations)
+            detail = {"evaluations": budget, "steps": budget, "rms": None}
+            yield Finding(f"samplers/heun/{budget}", seed + 10 / budget, floor=1, detail=detail)
+        yield Finding("samplers/ddpm/10", math.nan, floor=1, detail=detail)
 
     task = Task("samplers", found, seeds=(0, 1))
     run.measured([task], Lab(tmp_path), None, tmp_path / "results")

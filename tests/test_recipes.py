@@ -258,8 +258,8 @@ def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         preset("ddmp")
     assert str(caught.value) == (
-        "no preset is called 'ddmp'. Did you mean ddpm? There are: tiny, compact, mini, light, ddpm,"
-        " improved, highres, adm-64, naive"
+        "no preset is called 'ddmp'. Did you mean ddpm? There are: tiny, compact, mini, light,"
+        " ddpm, improved, highres, adm-64, naive"
     )
     with pytest.raises(ConfigError, match=r"no preset is called 'xyz'\. There are: tiny"):
         preset("xyz")
