@@ -73,6 +73,14 @@ def test_readme_example_runs(
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 
+def test_every_measured_table_is_there() -> None:
+    """Between the marks of docs/uses.md stands what `scripts/make-uses` has measured."""
+    text = (ROOT / "docs" / "uses.md").read_text(encoding="utf-8")
+    tables = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end of \1 -->", text, re.S)
+    assert len(tables) == text.count("<!-- end of ") == 6
+    assert [name for name, body in tables if body.count("\n|") < 2] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

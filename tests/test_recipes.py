@@ -36,7 +36,6 @@ def count(spec: UNetSpec) -> int:
 GOLDEN: dict[str, tuple[Callable[[], UNetSpec], int]] = {
     "tiny": (lambda: preset("tiny"), 1_164_259),
     "compact": (lambda: preset("compact"), 1_695_651),
-    "mini": (lambda: preset("mini"), 2_787_939),
     "light": (lambda: preset("light"), 8_952_067),
     "ddpm": (lambda: preset("ddpm"), 35_746_307),
     "improved": (lambda: preset("improved"), 121_060_483),
@@ -258,8 +257,8 @@ def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         preset("ddmp")
     assert str(caught.value) == (
-        "no preset is called 'ddmp'. Did you mean ddpm? There are: tiny, compact, mini, light,"
-        " ddpm, improved, highres, adm-64, naive"
+        "no preset is called 'ddmp'. Did you mean ddpm? There are: tiny, compact, light, ddpm,"
+        " improved, highres, adm-64, naive"
     )
     with pytest.raises(ConfigError, match=r"no preset is called 'xyz'\. There are: tiny"):
         preset("xyz")

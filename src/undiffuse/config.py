@@ -450,8 +450,8 @@ RECIPES: dict[str, NamedRecipe] = {
     "digits-best": NamedRecipe(
         "as good as the digits allow: about a quarter of an hour of training at most",
         {
-            "preset": "mini",
-            "max_train_steps": 3600,
+            "preset": "compact",
+            "max_train_steps": 5500,
             "learning_rate": 2e-3,
             "dropout": 0.05,
             "label_dropout": 0.6,

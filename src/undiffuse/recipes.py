@@ -340,13 +340,6 @@ def compact(channels: int = 3) -> UNetSpec:
     return replace(spec, style=replace(spec.style, groups=8, inject=Inject.SCALE_SHIFT))
 
 
-def mini(channels: int = 3) -> UNetSpec:
-    """`compact` with a third resolution, of 2x2 for pictures of 8x8: at high noise every pixel
-    depends on all others."""
-    spec = ddpm_family(48, (1, 2, 2), 1, (1, 2), channels)
-    return replace(spec, style=compact(channels).style)
-
-
 # --- presets ------------------------------------------------------------------------------------
 
 
@@ -369,11 +362,6 @@ PRESETS: dict[str, Preset] = {
         compact,
         8,
         "for pictures up to 16 pixels",
-    ),
-    "mini": Preset(
-        mini,
-        8,
-        "for pictures up to 16 pixels: compact with a third resolution",
     ),
     "light": Preset(
         lambda channels: ddpm_family(64, (1, 2, 2, 2), 2, (2,), channels),
