@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/undiffuse demo
 
 test: setup-dev
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --durations 20 --durations-min 5
 
 # The inner loop: without the longer tests.
 test-fast: setup-dev

@@ -389,8 +389,17 @@ def test_committed_page_is_that_of_the_committed_results(tmp_path: Path) -> None
     docs = ROOT / "docs"
     assert now["studies.md"].decode() == (docs / "studies.md").read_text(encoding="utf-8")
     for name, figure in now.items():
-        assert figure == (docs / name).read_bytes(), name
+        assert _numbered(figure) == _numbered((docs / name).read_bytes()), name
         assert len(figure) < 150_000, name
+
+
+def _numbered(svg: bytes) -> bytes:
+    """With clip paths called by their order. Matplotlib calls them by a hash of their unrounded
+    coordinates, in which processors differ by the last bit."""
+    ids = dict.fromkeys(re.findall(rb"\bp[0-9a-f]{10}\b", svg))
+    for number, one in enumerate(ids):
+        svg = svg.replace(one, b"p%d" % number)
+    return svg
 
 
 # What the checklist of the four texts has, by text.
