@@ -33,6 +33,11 @@ and `python -m quality.page` draws this page.
 Every number is a mean over seeds, with the smallest and the largest behind it; a target *holds* if
 every seed reaches it.
 """
+SAMPLERS = """## Samplers
+
+Every sampler on the demo's network, 500 samples of each setting, all from the same noise, with the
+most steps that a budget of evaluations allows.
+"""
 NOTHING = "No results yet: `make quality` makes them.\n"
 LOOK: Any = {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "path"}
 COLOURS = ("#2f6db3", "#d9731a", "#3c8d40")
@@ -85,7 +90,7 @@ def _sections(groups: Mapping[str, Group], charts: Path) -> Iterator[str]:
         yield _table(chosen)
     chosen = {n: g for n, g in groups.items() if n.startswith("samplers/")}
     if chosen:
-        yield "## Samplers\n"
+        yield SAMPLERS
         charts.mkdir(parents=True, exist_ok=True)
         drawing.save(samplers_chart(chosen), charts / "samplers.svg")
         yield "![Samplers](images/quality/samplers.svg)\n"
