@@ -1,4 +1,4 @@
-"""Which sampler is the default, and why: every one at 4 to 50 evaluations, from the same noise.
+"""To choose the default sampler by: every one at 4 to 50 evaluations, from the same noise.
 
 That is `undiffuse evaluate --pareto` on the network of the demo's preset. Its samples are compared
 with the 360 held-out digits, which is fair here: no weight depends on what is found.
@@ -9,11 +9,10 @@ from collections.abc import Iterator
 
 from quality import digits
 from quality.harness import Finding, Lab, Task
-from undiffuse.config import JUDGED, SampleConfig
+from undiffuse.config import JUDGED
 from undiffuse.runs import EvaluateOptions, pareto_run
 
 SAMPLES = 500  # pictures of each setting
-DEFAULT = SampleConfig().sampler.value
 
 
 def findings(lab: Lab, seed: int) -> Iterator[Finding]:
