@@ -80,7 +80,6 @@ ALL_AT_ONCE: dict[str, Any] = {
     "seed": 2**63 - 1,
 }
 # by name: the settings, and the steps at which it is stopped, one process after the other
-# by name: the settings, and the steps at which it is stopped, one process after the other
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     **{f"at step {n}": ({}, (n,)) for n in range(STEPS)},
     "again and again": ({}, (0, 1)),
