@@ -24,6 +24,7 @@ from quality.harness import (
     read,
 )
 from undiffuse import config
+from undiffuse.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -149,6 +150,17 @@ def test_the_judging_digits_are_not_in_the_ablation() -> None:
     seen = {row.tobytes() for row in (*data.train.pixels, *data.held_out.pixels)}
     judging = {row.tobytes() for row in digits.raw_held_out()}
     assert not seen & judging
+
+
+def test_a_guided_step_counts_as_two_evaluations() -> None:
+    class Judge:
+        def distance(self, x0: torch.Tensor) -> float:
+            return float(len(x0))
+
+    model = load_model(digits.COMMITTED)
+    for steps, evaluations in ((digits.GUIDED.few, digits.FEW), (digits.GUIDED.many, digits.MANY)):
+        found = digits._distance(Judge(), model, 3, steps)  # pyright: ignore[reportPrivateUsage, reportArgumentType]
+        assert found == (3.0, evaluations)
 
 
 def test_the_page_follows_from_the_committed_results(tmp_path: Path) -> None:
