@@ -435,7 +435,7 @@ RECIPES: dict[str, NamedRecipe] = {
         },
     ),
     "digits-demo": NamedRecipe(
-        "the demo: about a minute of training",
+        "the demo: a minute of training with AVX-512, two to three without",
         {
             "preset": "compact",
             "max_train_steps": 750,
