@@ -72,11 +72,19 @@ class _Change(StrEnum):
 
 
 class _Middle(Enum):
-    """What lies between their down and up blocks, as the ops there."""
+    """What lies between their down and up blocks."""
 
-    NOTHING = ()
-    PLAIN = (Res, Res)
-    ATTENTION = (Res, Attn, Res)
+    NOTHING = "nothing"
+    PLAIN = "plain"
+    ATTENTION = "attention"
+
+
+# By the ops there. Not the values of the enum: Python 3.11.2 forgets a value that is ().
+_MIDDLES: dict[tuple[type[Op], ...], _Middle] = {
+    (): _Middle.NOTHING,
+    (Res, Res): _Middle.PLAIN,
+    (Res, Attn, Res): _Middle.ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -676,9 +684,8 @@ def _attentions(sites: Sequence[Site]) -> list[tuple[Site, Attn]]:
 
 def _middle_of(sites: Sequence[Site]) -> _Middle:
     kinds = tuple(type(site.op) for site in sites if site.part is Part.BOTTLENECK)
-    for middle in _Middle:
-        if middle.value == kinds:
-            return middle
+    if kinds in _MIDDLES:
+        return _MIDDLES[kinds]
     index = next(site.index for site in sites if site.part is Part.BOTTLENECK)
     raise ConfigError(
         f"op {index} and on, the bottleneck, is {', '.join(kind.__name__ for kind in kinds)};"
