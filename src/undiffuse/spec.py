@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from itertools import islice
 from typing import cast
 
@@ -244,7 +245,7 @@ class UNetSpec:
             pass
         _check_augment(self)
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """The factor by which the deepest features are smaller than the picture."""
         return max((site.out_scale for site in trace(self)), default=1)
