@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from benchmarks.harness import processor
@@ -41,6 +42,7 @@ most steps that a budget of evaluations allows.
 NOTHING = "No results yet: `make quality` makes them.\n"
 LOOK: Any = {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "path"}
 COLOURS = ("#2f6db3", "#d9731a", "#3c8d40")
+LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2, 5)  # sigma, as they are judged
 INK, GRID = "#20262e", "#e3e7ec"
 TITLES = {
     "bits": "Bits per dimension on Gaussian data",
@@ -243,6 +245,7 @@ def fields_chart(groups: Mapping[str, Group]) -> Figure:
             axes.set_ylim(0.0, max(1.4, axes.get_ylim()[1]))  # room for the legend
             axes.set_xscale("log")
             axes.set_title(f"{side} x {side}")
+            _numbered(axes.xaxis, LEVELS)
             axes.set_xlabel("sigma")
             axes.set_ylabel("excess over the exact optimum, %")
             axes.grid(True, color=GRID)
@@ -266,6 +269,7 @@ def losses_chart(groups: Mapping[str, Group]) -> Figure | None:
         axes.step(ratios, targets, where="mid", color=INK, ls="--", lw=1, label="target")
         axes.axhline(0.0, color=GRID, lw=1)
         axes.set_xscale("log")
+        _numbered(axes.xaxis, LEVELS)
         axes.set_xlabel("sigma")
         axes.set_ylabel("held-out error above the best bar, %")
         axes.grid(True, color=GRID)
@@ -292,11 +296,19 @@ def samplers_chart(groups: Mapping[str, Group]) -> Figure:
         axes.axhline(floor, color=INK, lw=1, ls="--", label="real against real")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _numbered(axes.xaxis, (3, 5, 10, 20, 50, 100))
+        _numbered(axes.yaxis, (1, 2, 5, 10, 20, 50, 100))
         axes.set_xlabel("evaluations of the network per picture")
         axes.set_ylabel("Fréchet distance to held-out digits")
         axes.grid(True, color=GRID, which="both")
         axes.legend(frameon=False, ncols=2)
         return figure
+
+
+def _numbered(axis: Axis, values: Sequence[float]) -> None:
+    """A logarithmic axis with numbers as people write them."""
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.set_ticks([], minor=True)
 
 
 def main(words: Sequence[str] | None = None) -> int:
