@@ -58,7 +58,7 @@ class Sampling:
     """Steps and guidance as `undiffuse sample` takes them.
 
     Args:
-        few, many: steps for at most FEW and for about MANY evaluations of the network.
+        few, many: steps for at most FEW and for at least MANY evaluations of the network.
     """
 
     guidance_scale: float
@@ -106,7 +106,7 @@ def samples(
         guidance_scale=sampling.guidance_scale,
         guidance_interval=sampling.guidance_interval,
         batch_size=500,
-        mixed_precision="no",
+        mixed_precision="no",  # as a network of this width runs anyway; `_distance` hooks into it
     )
     return evaluation.Split(made, runs.labels_in_turn(model, count))
 

@@ -448,7 +448,7 @@ RECIPES: dict[str, NamedRecipe] = {
         },
     ),
     "digits-best": NamedRecipe(
-        "as good as the digits allow: 6,500 steps, ten minutes with AVX-512, half an hour without;"
+        "as good as the digits allow: 6,500 steps, up to half an hour without AVX-512;"
         " sample with --guidance-scale 1.2 --guidance-low 0.3 --guidance-high 2",
         {
             "preset": "compact",
