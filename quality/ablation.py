@@ -10,6 +10,7 @@ A change is judged by the summed distance to the closed-form bars in nats per pi
 better), and by what samples score.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -23,6 +24,7 @@ from undiffuse.config import RECIPES
 
 KEPT = 1150  # training digits; the others validate
 DRAWS, SAMPLES = 4, 1000
+EVERYWHERE = (0.0, math.inf)  # all noise levels
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,13 @@ DIGITS = (
     trained("learning rate 0.0015", learning_rate=1.5e-3),
     trained("learning rate 0.006", learning_rate=6e-3),
     trained("network tiny", preset="tiny"),
-    trained("label dropout 0.3", label_dropout=0.3),
-    trained("label dropout 0.5", label_dropout=0.5),
+    trained("label dropout 0.1", label_dropout=0.1),
+    trained("label dropout 0.75", label_dropout=0.75),
     trained("without classes", class_conditional=False),
+    sampled("without guidance", guidance_scale=1.0),
     sampled("guidance 1.5", guidance_scale=1.5),
-    sampled("guidance 1.5 within 0.2 to 2", guidance_scale=1.5, guidance_interval=(0.2, 2.0)),
-    sampled("autoguidance 1.5, early average", early=True, guidance_scale=1.5),
+    sampled("guidance at all levels", guidance_interval=EVERYWHERE),
+    sampled("autoguidance 1.3 at all levels, early average", True, guidance_interval=EVERYWHERE),
 )
 PHOTOS = (
     trained("learning rate 0.001", learning_rate=1e-3),

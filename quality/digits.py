@@ -4,7 +4,6 @@ Generator, classifier and bars know the 1,437 training digits only. Recipes were
 validation part of those (`quality.ablation`), never on the 360.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -53,25 +52,9 @@ class Effort:
     samples: int
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Steps and guidance as `undiffuse sample` takes them.
-
-    Args:
-        few, many: steps for at most FEW and for at least MANY evaluations of the network.
-    """
-
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    few: int
-    many: int
-    steps: int = 20
-
-
 FULL, QUICK_LOOK = Effort(16, 2000), Effort(4, 1440)
-UNGUIDED = Sampling(1.0, (0.0, math.inf), FEW, MANY)
-# A network that loses three labels of four is best without one, and a little vague with one.
-GUIDED = Sampling(1.2, (0.3, 2.0), 8, 80)
+STEPS = 20
+FEW_STEPS, MANY_STEPS = 8, 80  # two of them and twenty are guided and count twice
 DEMO = Preset("digits-demo", 90.0)
 BEST = Preset("digits-best", 900.0)
 
@@ -94,17 +77,13 @@ def trained(lab: Lab, preset: Preset, seed: int) -> tuple[Model, Path]:
     return fitted(run, "digits", preset=preset.name, seed=seed), run
 
 
-def samples(
-    model: Model, count: int, sampling: Sampling, steps: int | None = None
-) -> evaluation.Split:
-    """Classes in turn, the default sampler."""
+def samples(model: Model, count: int, steps: int = STEPS) -> evaluation.Split:
+    """Classes in turn, the default sampler, guided as the preset says."""
     made = runs.generate(
         model,
         count,
         seed=0,
-        num_inference_steps=sampling.steps if steps is None else steps,
-        guidance_scale=sampling.guidance_scale,
-        guidance_interval=sampling.guidance_interval,
+        num_inference_steps=steps,
         batch_size=500,
         mixed_precision="no",  # as a network of this width runs anyway; `_distance` hooks into it
     )
@@ -116,13 +95,13 @@ def samples(
 
 def demo_findings(lab: Lab, seed: int) -> Iterator[Finding]:
     model, run = trained(lab, DEMO, seed)
-    yield from accuracy("digits-demo", quality_of(model, UNGUIDED))
+    yield from accuracy("digits-demo", quality_of(model))
     yield within_time(run, DEMO)
 
 
-def quality_of(model: Model, sampling: Sampling) -> dict[str, evaluation.Figure]:
+def quality_of(model: Model) -> dict[str, evaluation.Figure]:
     train, held_out = splits()
-    report = evaluation.sample_quality(samples(model, SAMPLES, sampling), train, held_out)
+    report = evaluation.sample_quality(samples(model, SAMPLES), train, held_out)
     return {figure.name: figure for figure in report.figures}
 
 
@@ -158,7 +137,7 @@ def committed_findings(lab: Lab, seed: int) -> Iterator[Finding]:
 def judged(name: str, model: Model, effort: Effort = FULL) -> Iterator[Finding]:
     """All that is asked of the best preset."""
     yield from losses(name, model, effort.draws)
-    figures = quality_of(model, GUIDED)
+    figures = quality_of(model)
     yield from accuracy(name, figures)
     for one in ("precision", "recall"):
         value, floor = _measured(figures[one])
@@ -201,8 +180,8 @@ def losses(name: str, model: Model, draws: int) -> Iterator[Finding]:
 def few_steps(name: str, model: Model, count: int) -> Finding:
     """Fréchet distance to the held-out digits with ten evaluations over that with a hundred."""
     judge = evaluation.frechet_judge(*splits())
-    few, evaluations = _distance(judge, model, count, GUIDED.few)
-    many, more = _distance(judge, model, count, GUIDED.many)
+    few, evaluations = _distance(judge, model, count, FEW_STEPS)
+    many, more = _distance(judge, model, count, MANY_STEPS)
     if evaluations > FEW or more < MANY:
         raise AssertionError(f"{evaluations:g} and {more:g} evaluations, not {FEW} and {MANY}")
     detail = {
@@ -223,12 +202,13 @@ def _distance(
     seen: list[int] = []
     hook = model.net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     try:
-        distance = judge.distance(samples(model, count, GUIDED, steps).x0)
+        distance = judge.distance(samples(model, count, steps).x0)
     finally:
         hook.remove()
     return distance, sum(seen) / count
 
 
-_DEMO = Task("digits-demo", demo_findings, (DEMO, DEMO.config, SAMPLES))
-TASKS = (_DEMO, Task("digits-best", best_findings, (BEST, BEST.config, SAMPLES, FULL, GUIDED)))
+_DEMO = Task("digits-demo", demo_findings, (DEMO, DEMO.config, SAMPLES, STEPS))
+_JUDGED = (SAMPLES, STEPS, FULL, FEW_STEPS, MANY_STEPS)
+TASKS = (_DEMO, Task("digits-best", best_findings, (BEST, BEST.config, *_JUDGED)))
 QUICK = (_DEMO, Task("digits-best/committed", committed_findings))

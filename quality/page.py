@@ -36,8 +36,8 @@ every seed reaches it.
 """
 SAMPLERS = """## Samplers
 
-Every sampler on the demo's network, 500 samples of each setting, all from the same noise, with the
-most steps that a budget of evaluations allows.
+Every sampler on the network of `digits-best` without guidance, 500 samples of each setting, all
+from the same noise, with the most steps that a budget of evaluations allows.
 """
 NOTHING = "No results yet: `make quality` makes them.\n"
 LOOK: Any = {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "path"}

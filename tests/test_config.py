@@ -20,6 +20,7 @@ from undiffuse.config import (
     BetaSchedule,
     DataConfig,
     Device,
+    GuidanceConfig,
     LogConfig,
     LrScheduler,
     ModelConfig,
@@ -37,7 +38,7 @@ from undiffuse.config import (
 )
 from undiffuse.errors import ConfigError
 
-SECTIONS = (DataConfig, ModelConfig, TrainConfig, RuntimeConfig, LogConfig)
+SECTIONS = (DataConfig, ModelConfig, TrainConfig, GuidanceConfig, RuntimeConfig, LogConfig)
 
 
 def refused(values: Mapping[str, object]) -> str:

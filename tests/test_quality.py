@@ -158,7 +158,7 @@ def test_a_guided_step_counts_as_two_evaluations() -> None:
             return float(len(x0))
 
     model = load_model(digits.COMMITTED)
-    for steps, evaluations in ((digits.GUIDED.few, digits.FEW), (digits.GUIDED.many, digits.MANY)):
+    for steps, evaluations in ((digits.FEW_STEPS, digits.FEW), (digits.MANY_STEPS, digits.MANY)):
         found = digits._distance(Judge(), model, 3, steps)  # pyright: ignore[reportPrivateUsage, reportArgumentType] # what counts evaluations; a stand-in for the judge
         assert found == (3.0, evaluations)
 

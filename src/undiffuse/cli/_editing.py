@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from undiffuse.checkpoint import Model
 from undiffuse.cli._arguments import Arguments
 from undiffuse.cli._options import (
     Given,
+    autoguidance,
     check_memory,
     film_format,
     load_guide,
@@ -245,6 +246,8 @@ def _asked(arguments: Arguments, count: int, folder: str) -> _Asked:
     place = output_folder(arguments.given, folder)
     check_memory(model, config.num_images, "num_images:")
     label = runs.parse_labels(model, config.class_label, config.num_images)
+    if label is None and autoguidance(arguments.given) is None and config.guidance_scale is None:
+        config = replace(config, guidance_scale=1.0)  # there is nothing to guide towards
     return _Asked(config, model, place, label)
 
 
@@ -257,6 +260,7 @@ def inpaint(arguments: Arguments, out: Output) -> int:
     picture, hole = _own_size(given["image"], asked.model), images.read(given["mask"], 1)[0] > 0
     _check_mask(given["mask"], hole, picture)
     weak = load_guide(given)
+    options = runs.sampling_options(asked.model, asked.config)
     with Bar(out, asked.batches * asked.config.num_inference_steps, "inpaint") as bar:
         made = runs.inpaint(
             asked.model,
@@ -267,9 +271,9 @@ def inpaint(arguments: Arguments, out: Output) -> int:
             num_resamples=repeats,
             weak=weak,
             on_step=lambda step: bar.advance(),
-            **runs.sampling_options(asked.config),
+            **options,
         )
-    warn_unguided(given, asked.config.guidance_scale, out)
+    warn_unguided(given, options["guidance_scale"], out)
     told = torch.where(hole, 0.0, picture)  # the hole in grey
     files = _save_all(made, told, f"{Path(given['image']).stem}_filled", asked)
     _say(files, out)
@@ -297,6 +301,7 @@ def edit(arguments: Arguments, out: Output) -> int:
     weak = load_guide(given)
     steps = math.ceil(round(strength * config.num_inference_steps, 9)) * asked.batches
     results: list[list[str]] = []
+    options = runs.sampling_options(asked.model, config)
     with Bar(out, max(1, steps) * len(pictures), "edit") as bar:
         for stem, picture in zip(_stems(given["images"]), pictures, strict=True):
             made = runs.edit(
@@ -308,10 +313,10 @@ def edit(arguments: Arguments, out: Output) -> int:
                 sampler=config.sampler.value,
                 weak=weak,
                 on_step=lambda step: bar.advance(),
-                **runs.sampling_options(config),
+                **options,
             )
             results.append(_save_all(made, picture, f"{stem}_edited", asked))
-    warn_unguided(given, config.guidance_scale, out)
+    warn_unguided(given, options["guidance_scale"], out)
     _say_edited(results, strength, asked, out)
     return 0
 

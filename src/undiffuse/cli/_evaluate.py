@@ -22,7 +22,7 @@ def evaluate(arguments: Arguments, out: Output) -> int:
     run = Path(given["run"])
     chosen = evaluate_options(arguments)
     body = measure(run, chosen, out)
-    options.warn_unguided(given, chosen.sampling.guidance_scale, out)
+    options.warn_unguided(given, body["sampling"]["guidance_scale"], out)
     print_figures(body, out)
     if run.is_dir():
         out.say(f"\nwritten to {runs.RunFolder(run).evaluation}")

@@ -68,6 +68,16 @@ def warn_unguided(given: Given, scale: float, out: Output) -> None:
         out.warn(f"{' and '.join(typed)}: no effect at guidance_scale 1; try --guidance-scale 1.5")
 
 
+def say_guidance(given: Given, asked: runs.SamplingOptions, out: Output) -> None:
+    """What nobody typed should not be a surprise."""
+    scale, (low, high) = asked["guidance_scale"], asked["guidance_interval"]
+    if scale != 1.0 and "guidance_scale" not in given:
+        where = f"at sigma {low:g} to {high:g}" if (low, high) != (0.0, math.inf) else "throughout"
+        out.say(
+            f"guided by {scale:g} {where}, as the run was told (--guidance-scale 1: not at all)"
+        )
+
+
 def whole(name: str, value: object, at_least: int) -> int:
     try:
         number = int(str(value))

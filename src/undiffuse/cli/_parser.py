@@ -283,6 +283,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     for section in (
         config.ModelConfig(),
         config.TrainConfig(),
+        config.GuidanceConfig(),
         config.RuntimeConfig(),
         config.LogConfig(),
     ):

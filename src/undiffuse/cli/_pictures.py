@@ -19,6 +19,7 @@ from undiffuse.cli._options import (
     load_model,
     one_of,
     output_folder,
+    say_guidance,
     warn_unguided,
 )
 from undiffuse.cli._output import Bar, Output
@@ -42,6 +43,7 @@ def sample(arguments: Arguments, out: Output) -> int:
     label = runs.parse_labels(model, config.class_label, config.num_images)
     frames: list[Tensor] = []
     weak = load_guide(given)
+    asked = runs.sampling_options(model, config)
     with Bar(out, _sampler_steps(config), "sample") as bar:
         pictures = runs.generate(
             model,
@@ -51,7 +53,7 @@ def sample(arguments: Arguments, out: Output) -> int:
             weak=weak,
             torch_compile=config.torch_compile,
             on_step=_watch(bar, frames, config, film is not None),
-            **runs.sampling_options(config),
+            **asked,
         )
     if label is None:
         label = runs.labels_in_turn(model, len(pictures))
@@ -59,7 +61,8 @@ def sample(arguments: Arguments, out: Output) -> int:
     if film is not None:
         written.append(folder / f"film_seed{config.seed}.{film}")
         images.save_film([*frames, pictures[: len(frames[0])]], written[-1])
-    warn_unguided(given, config.guidance_scale, out)
+    warn_unguided(given, asked["guidance_scale"], out)
+    say_guidance(given, asked, out)
     _say_written(written, folder, config, out)
     return 0
 

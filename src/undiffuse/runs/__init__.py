@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from undiffuse.runs._filters import check_filters, filters, training_gaussian
     from undiffuse.runs._folder import RunFolder, check_writable, stored_config
     from undiffuse.runs._generate import (
+        SamplingOptions,
         film,
         generate,
         labels_in_turn,
         parse_labels,
         sampling_options,
+        usual_guidance,
     )
     from undiffuse.runs._likelihood import (
         LikelihoodOptions,
@@ -84,6 +86,7 @@ __all__ = [
     "Request",
     "RunFolder",
     "RunLikelihood",
+    "SamplingOptions",
     "Saved",
     "Side",
     "Stopped",
@@ -124,6 +127,7 @@ __all__ = [
     "strength_sigma",
     "training_gaussian",
     "training_run",
+    "usual_guidance",
     "write_report",
 ]
 
@@ -181,10 +185,12 @@ _HOMES = {
     "resumed_config": "_plan",
     "run_likelihood": "_likelihood",
     "sample_count": "_evaluate",
+    "SamplingOptions": "_generate",
     "sampling_options": "_generate",
     "stored_config": "_folder",
     "strength_sigma": "_editing",
     "training_gaussian": "_filters",
+    "usual_guidance": "_generate",
     "training_run": "_train",
     "write_report": "_report",
 }

@@ -33,7 +33,7 @@ from undiffuse.runs._evaluate import (
     takes_null,
 )
 from undiffuse.runs._folder import RunFolder
-from undiffuse.runs._generate import labels_in_turn
+from undiffuse.runs._generate import labels_in_turn, usual_guidance
 from undiffuse.runs._load import load, missing_run
 from undiffuse.runs._plan import data_options
 from undiffuse.runs._real import Crops, Real, real_pictures
@@ -73,7 +73,8 @@ def compare_runs(
     Either may be a run, a model file, or pictures of any program: a folder or an .npz as `images`
     reads them. The real pictures are `options.data`, else those that A was trained on, else those
     of B. Models draw as many samples from the same noise by the same sampler, so that a model has
-    no difference from itself. Where both are models, their losses are compared by noise level.
+    no difference from itself; each is guided as its run was told, unless `options.sampling` says.
+    Where both are models, their losses are compared by noise level.
 
     Args:
         options: `weights`, `checkpoint` and `ema_length` are of A; B is as it lies there.
@@ -104,7 +105,7 @@ def compare_runs(
         progress=partial(progress, "figures"),
     )
     losses, no_losses = _losses(sides, held_out, options, partial(progress, "losses"))
-    of_a, of_b = (side.asdict() for side in sides)
+    of_a, of_b = (side.asdict(options.sampling) for side in sides)
     settings = sampling_settings(replace(options.sampling, num_images=count))
     settings |= {"train": len(train), "held_out": len(held_out)}
     notes = (*real.warnings, *_strangers(sides), *notes, *unlabelled, *no_losses)
@@ -155,12 +156,18 @@ class _Side:
         dataset = self.stored.parts[0].dataset
         return dataset.channels, *dataset.size
 
-    def asdict(self) -> dict[str, Any]:
+    def asdict(self, sampling: SampleConfig) -> dict[str, Any]:
+        """What it is, and how its samples were guided."""
         if self.model is None:
             count = None if self.stored is None else len(self.stored)
             return {"path": str(self.path), "kind": "pictures", "pictures": count}
         kind, trained = "run" if self.path.is_dir() else "model file", self.model.trained
-        return {"path": str(self.path), "kind": kind, "trained_steps": trained.get("steps")}
+        return {
+            "path": str(self.path),
+            "kind": kind,
+            "trained_steps": trained.get("steps"),
+            **asdict(sampling.guided(usual_guidance(self.model))),
+        }
 
 
 def _sides(paths: tuple[Path, Path], options: EvaluateOptions) -> tuple[_Side, _Side]:

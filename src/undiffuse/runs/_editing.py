@@ -16,11 +16,12 @@ from undiffuse.errors import ConfigError, DataError, ResourceError
 from undiffuse.guidance import Denoise, clipped, with_label
 from undiffuse.noise import KarrasSpacing, NoiseLevel, Stream, keyed_normal, levels
 from undiffuse.runs._generate import (
-    EVERYWHERE,
+    Interval,
     OnStep,
     checked_labels,
     denoise_function,
     generate,
+    guidance_of,
     known_sampler,
     quick_denoiser,
     spacing_of,
@@ -273,8 +274,8 @@ def inpaint(
     num_resamples: int | None = None,
     num_inference_steps: int = 20,
     seed: int = 0,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = EVERYWHERE,
+    guidance_scale: float | None = None,
+    guidance_interval: Interval | None = None,
     weak: Model | None = None,
     batch_size: int = 64,
     mixed_precision: Precision | str = Precision.AUTO,
@@ -317,11 +318,11 @@ def inpaint(
     made = generate(
         model,
         count,
-        label=_labels(model, label, count, guidance_scale, weak),
+        label=one_label(model, None, count) if label is None else label,
         sampler=method,
         seed=seed,
         num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=_scale(guidance_scale, label, weak),
         guidance_interval=guidance_interval,
         weak=weak,
         batch_size=batch_size,
@@ -341,8 +342,8 @@ def edit(
     sampler: Sampler | str = "dpmpp_2m",
     num_inference_steps: int = 20,
     seed: int = 0,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = EVERYWHERE,
+    guidance_scale: float | None = None,
+    guidance_interval: Interval | None = None,
     weak: Model | None = None,
     batch_size: int = 64,
     mixed_precision: Precision | str = Precision.AUTO,
@@ -372,11 +373,11 @@ def edit(
     return generate(
         model,
         count,
-        label=_labels(model, label, count, guidance_scale, weak),
+        label=one_label(model, None, count) if label is None else label,
         sampler=editing.partly(x0, strength, model.denoiser.schedule, run),
         seed=seed,
         num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=_scale(guidance_scale, label, weak),
         guidance_interval=guidance_interval,
         weak=weak,
         batch_size=batch_size,
@@ -392,23 +393,16 @@ def strength_sigma(model: Model, strength: float, num_inference_steps: int = 20)
     return float(editing.partial_levels(schedule, grid, strength)[0].ratio)
 
 
-def _labels(
-    model: Model, label: Tensor | Sequence[int] | None, count: int, scale: float, weak: Model | None
-) -> Int[Tensor, "n"] | Sequence[int] | None:
-    """As given; else no class, where `generate` would take all in turn."""
-    if label is not None:
-        return label
-    if weak is None:
-        _check_unguided(scale)
-    return one_label(model, None, count)
-
-
-def _check_unguided(scale: float) -> None:
-    if scale != 1.0:
+def _scale(scale: float | None, label: object, weak: Model | None) -> float | None:
+    """As given; else as usual where there is something to guide towards."""
+    if label is not None or weak is not None:
+        return scale
+    if scale not in (None, 1.0):
         raise ConfigError(
             f"guidance_scale {scale:g} needs a class label (or autoguidance): without one there"
             " is nothing to guide towards"
         )
+    return 1.0
 
 
 def _check_shape(model: Model, picture: Picture, name: str) -> None:
@@ -433,7 +427,7 @@ def interpolate(
     *,
     label: int | None = None,
     num_inference_steps: int = 20,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     batch_size: int = 64,
     mixed_precision: Precision | str = Precision.AUTO,
     on_step: OnStep = lambda step: None,
@@ -456,14 +450,13 @@ def interpolate(
         raise ConfigError(f"num_images must be at least 2, the two ends; got {count}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
-    if label is None:
-        _check_unguided(guidance_scale)
+    guidance = guidance_of(model, _scale(guidance_scale, label, None), None)
     grid = levels(model.denoiser.schedule, num_inference_steps, spacing_of(model))
     precision = choice("mixed_precision", Precision, mixed_precision)
     quick = quick_denoiser(model, precision, False)
 
     def denoise(size: int) -> Denoise:
-        return denoise_function(model, quick, one_label(model, label, size), guidance_scale)
+        return denoise_function(model, quick, one_label(model, label, size), guidance)
 
     ends = [_noise_of(model, one, denoise(1), grid) for one in (a, b)]
     shares = torch.linspace(0, 1, count, dtype=torch.float64).tolist()

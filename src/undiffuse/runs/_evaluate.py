@@ -1,7 +1,7 @@
 """Numbers about a run: its losses beside exact bars, its samples beside real pictures."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from undiffuse.checkpoint import Model
 from undiffuse.config import JUDGED, Device, SampleConfig, Weights
 from undiffuse.errors import ConfigError
 from undiffuse.runs._folder import RunFolder, write_json
-from undiffuse.runs._generate import generate, labels_in_turn, sampling_options
+from undiffuse.runs._generate import generate, labels_in_turn, sampling_options, usual_guidance
 from undiffuse.runs._load import guide, load
 from undiffuse.runs._real import Crops, Real, real_pictures
 from undiffuse.sampling import Step
@@ -106,7 +106,7 @@ class Subject:
     train: evaluation.Split
     held_out: evaluation.Split
     features: evaluation.Features | None  # in place of those fitted to `train`
-    sampling: SampleConfig
+    sampling: SampleConfig  # whose guidance is settled
 
 
 def subject_of(path: Path, options: EvaluateOptions) -> Subject:
@@ -117,7 +117,11 @@ def subject_of(path: Path, options: EvaluateOptions) -> Subject:
     real = real_pictures(path, model, options.data)
     train, held_out = real.splits()
     features = given_features(options, train)
-    sampling = replace(options.sampling, num_images=sample_count(model, options.num_samples))
+    sampling = replace(
+        options.sampling,
+        num_images=sample_count(model, options.num_samples),
+        **asdict(options.sampling.guided(usual_guidance(model))),
+    )
     return Subject(model, weak, real, train, held_out, features, sampling)
 
 
@@ -198,7 +202,7 @@ def sampled(
         weak=weak,
         torch_compile=config.torch_compile,
         on_step=on_step,
-        **sampling_options(config),
+        **sampling_options(model, config),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from undiffuse import runtime
 from undiffuse.checkpoint import Model
-from undiffuse.config import Precision, SampleConfig
+from undiffuse.config import GuidanceConfig, Precision, SampleConfig, changed
 from undiffuse.denoiser import Denoiser, KarrasPrecond
 from undiffuse.errors import ConfigError
 from undiffuse.guidance import (
@@ -30,7 +30,8 @@ from undiffuse.runs._load import choice
 from undiffuse.sampling import SAMPLERS, Sampler, Step, start
 
 OnStep = Callable[[Step], None]
-EVERYWHERE = (0.0, math.inf)  # all noise levels sigma / alpha
+Interval = tuple[float, float]  # lowest and highest sigma / alpha
+EVERYWHERE = (0.0, math.inf)
 
 
 class SamplingOptions(TypedDict):
@@ -39,18 +40,28 @@ class SamplingOptions(TypedDict):
     num_inference_steps: int
     seed: int
     guidance_scale: float
-    guidance_interval: tuple[float, float]
+    guidance_interval: Interval
     batch_size: int
     mixed_precision: Precision | str
 
 
-def sampling_options(config: SampleConfig) -> SamplingOptions:
-    """For `generate(model, count, **sampling_options(config))`."""
+def usual_guidance(model: Model) -> GuidanceConfig:
+    """As the run that trained the model was told; none where it was told nothing.
+
+    Raises:
+        ConfigError: what the model file says of it cannot be.
+    """
+    return changed(GuidanceConfig(), model.trained)
+
+
+def sampling_options(model: Model, config: SampleConfig) -> SamplingOptions:
+    """For `generate(model, count, **sampling_options(model, config))`."""
+    guidance = config.guided(usual_guidance(model))
     return SamplingOptions(
         num_inference_steps=config.num_inference_steps,
         seed=config.seed,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
+        guidance_scale=guidance.guidance_scale,
+        guidance_interval=guidance.interval,
         batch_size=config.batch_size,
         mixed_precision=config.mixed_precision,
     )
@@ -65,8 +76,8 @@ def generate(
     label: Int[Tensor, "n"] | Sequence[int] | None = None,
     sampler: Sampler | str = "dpmpp_2m",
     num_inference_steps: int = 20,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = EVERYWHERE,
+    guidance_scale: float | None = None,
+    guidance_interval: Interval | None = None,
     weak: Model | None = None,
     batch_size: int = 64,
     mixed_precision: Precision | str = Precision.AUTO,
@@ -81,9 +92,9 @@ def generate(
     Args:
         label: class per picture; None takes all classes in turn.
         sampler: one of `sampling.SAMPLERS` by name, or any function of that kind.
-        guidance_scale: weak + scale * (strong - weak); 1 is no guidance.
+        guidance_scale: weak + scale * (strong - weak); 1 is no guidance; None is `usual_guidance`.
         guidance_interval: lowest and highest sigma / alpha at which to guide (2404.07724);
-            elsewhere the weak model is not evaluated.
+            elsewhere the weak model is not evaluated; None is `usual_guidance`.
         weak: a less trained model of the same pictures, for autoguidance (2406.02507), of any
             schedule; None uses the model's own "no class" (2207.12598).
         mixed_precision: "auto" takes bfloat16 inside wide networks where the machine is fast at it
@@ -98,7 +109,7 @@ def generate(
         raise ConfigError(f"count and batch_size must be at least 1; got {count}, {batch_size}")
     if weak is not None:
         _check_weak(model, weak)
-    _check_interval(*guidance_interval)
+    guidance = guidance_of(model, guidance_scale, guidance_interval)
     precision = choice("mixed_precision", Precision, mixed_precision)
     quick = quick_denoiser(model, precision, torch_compile)
     quick_weak = None if weak is None else _quick_weak(model, weak, precision, torch_compile)
@@ -109,10 +120,7 @@ def generate(
     made: list[Tensor] = []
     for positions in batches:
         part = None if labels is None else labels[positions.start : positions.stop]
-        denoise = denoise_function(model, quick, part, guidance_scale, quick_weak)
-        if guidance_interval != EVERYWHERE:
-            plain = denoise_function(model, quick, part, 1.0)
-            denoise = within(denoise, plain, *guidance_interval)
+        denoise = denoise_function(model, quick, part, guidance, quick_weak)
         for step in _steps(model, run, denoise, positions, seed, grid):
             on_step(step)
             last = step.x
@@ -188,12 +196,20 @@ def _check_weak(model: Model, weak: Model) -> None:
             )
 
 
-def _check_interval(low: float, high: float) -> None:
+def guidance_of(model: Model, scale: float | None, interval: Interval | None) -> GuidanceConfig:
+    """The usual guidance, but for what is given."""
+    guidance = usual_guidance(model)
+    if scale is not None:
+        guidance = replace(guidance, guidance_scale=scale)
+    if interval is None:
+        return guidance
+    low, high = interval
     if not 0.0 <= low <= high:
         raise ConfigError(
             f"guidance_interval must be two noise levels sigma/alpha, the lower one first; got"
             f" {low:g}, {high:g}"
         )
+    return replace(guidance, guidance_low=low, guidance_high=None if math.isinf(high) else high)
 
 
 def known_sampler(sampler: str) -> str:
@@ -225,15 +241,21 @@ def denoise_function(
     model: Model,
     denoiser: Denoiser,
     label: Tensor | None,
-    scale: float,
+    guidance: GuidanceConfig,
     weak: Labelled | None = None,
 ) -> Denoise:
+    """With that label and guidance; beyond the guided levels without."""
     device = next(model.net.parameters()).device
     label = None if label is None else label.to(device)
+    plain, scale = with_label(denoiser, label), guidance.guidance_scale
     if weak is not None:
-        return clipped(guided(with_label(denoiser, label), with_label(weak, label), scale))
-    null = model.spec.classes if model.spec.style.embedding.null else None
-    return clipped(classifier_free(denoiser, label, scale, null))
+        denoise = guided(plain, with_label(weak, label), scale)
+    else:
+        null = model.spec.classes if model.spec.style.embedding.null else None
+        denoise = classifier_free(denoiser, label, scale, null)
+    if scale != 1.0 and guidance.interval != EVERYWHERE:
+        denoise = within(denoise, plain, *guidance.interval)
+    return clipped(denoise)
 
 
 def _steps(

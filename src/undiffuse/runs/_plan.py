@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from undiffuse.checkpoint import Checkpoints, Loaded, Model, Pictures
 from undiffuse.config import (
     RECIPES,
     DataConfig,
+    GuidanceConfig,
     ModelConfig,
     Precision,
     RunConfig,
@@ -118,6 +119,12 @@ class Plan:
         return left * self.step_seconds
 
     @property
+    def guidance(self) -> dict[str, Any]:
+        """What the model says of itself; nothing where nothing is guided."""
+        guided = self.spec.style.embedding.null and self.config.guidance != GuidanceConfig()
+        return asdict(self.config.guidance) if guided else {}
+
+    @property
     def snapshot_bytes(self) -> int:
         """What the averages that the remaining steps keep will take on the disk, roughly."""
         times = sum(step > self.first_step for step in _averages.snapshot_steps(self.config))
@@ -164,6 +171,9 @@ def gather(request: Request) -> Gathered:
         notes += (_parts_note(config),)
     if recompute and not config.runtime.gradient_checkpointing:
         notes += (_recompute_note(recompute),)
+    scale = config.guidance.guidance_scale
+    if scale != 1.0 and not spec.style.embedding.null:
+        notes += (f"guidance_scale {scale:g} is not used: the network takes no labels",)
     notes = data.notes + notes
     return Gathered(request, config, spec, data, device, resumed, initial, recompute, notes)
 

@@ -366,6 +366,7 @@ class _Run:
             "data": plan.data.source,
             "data_fingerprint": plan.data.fingerprint,
             "attribution": plan.data.attribution,
+            **plan.guidance,
         }
         return Model(replace(plan.denoiser, net=net), plan.pictures, trained)
 
