@@ -554,6 +554,7 @@ def test_evaluate_report_and_a_limit(
 
 
 BODY: dict[str, Any] = {
+    "sampling": {"guidance_scale": 1.0},
     "figures": [
         {
             "name": "frechet",
