@@ -1,7 +1,8 @@
 """`docs/quality.md` and its charts, from the results alone: `python -m quality.page`.
 
-Of every name and seed the newest line counts, whichever machine it is from. The same results give
-the same bytes. `notes.md` beside this file is written by hand and included as it stands.
+Of every name and seed the newest line counts, whichever machine it is from; what was found with
+settings that a task no longer has, such as those of an older recipe, is left out. The same results
+give the same bytes. `notes.md` beside this file is written by hand and included as it stands.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from benchmarks.harness import processor
-from quality.harness import read
+from quality.harness import Task, read
+from quality.run import TASKS
 from undiffuse import drawing
 
 HERE = Path(__file__).resolve().parent
@@ -52,9 +54,11 @@ TITLES = {
 }
 
 
-def write_page(results: Path, docs: Path, notes: Path) -> Path:
+def write_page(results: Path, docs: Path, notes: Path, tasks: Sequence[Task]) -> Path:
     """Draw the page and its charts; returns the page."""
-    lines = [line for file in sorted(results.glob("*.jsonl")) for line in read(file)]
+    keys = {task.name: task.key for task in tasks}
+    found = [line for file in sorted(results.glob("*.jsonl")) for line in read(file)]
+    lines = [line for line in found if keys.get(line["task"]) == line["key"]]
     groups = grouped(sorted(lines, key=lambda line: line.get("date", "")))
     charts = docs / "images" / "quality"
     parts = [HEAD]
@@ -316,7 +320,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
     options = parser.parse_args(words)
-    print(f"wrote {write_page(options.results, options.docs, HERE / 'notes.md')}")
+    print(f"wrote {write_page(options.results, options.docs, HERE / 'notes.md', TASKS)}")
     return 0
 
 

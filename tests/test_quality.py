@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -164,7 +164,8 @@ def test_a_guided_step_counts_as_two_evaluations() -> None:
 
 
 def test_the_page_follows_from_the_committed_results(tmp_path: Path) -> None:
-    made = page.write_page(ROOT / "quality" / "results", tmp_path, ROOT / "quality" / "notes.md")
+    results, notes = ROOT / "quality" / "results", ROOT / "quality" / "notes.md"
+    made = page.write_page(results, tmp_path, notes, run.TASKS)
     assert made.read_bytes() == (ROOT / "docs" / "quality.md").read_bytes()
 
 
@@ -195,9 +196,20 @@ def test_samplers_stand_beside_each_other(tmp_path: Path) -> None:
 
     task = Task("samplers", found, seeds=(0, 1))
     run.measured([task], Lab(tmp_path), None, tmp_path / "results")
-    made = page.write_page(tmp_path / "results", tmp_path, tmp_path / "none.md")
+    made = page.write_page(tmp_path / "results", tmp_path, tmp_path / "none.md", [task])
     text = made.read_text(encoding="utf-8")
     assert "| Fréchet distance at | 5 | 10 |" in text
     assert "| `heun` | 2.50 ± 0.707 | 1.50 ± 0.707 |" in text
     assert "| `ddpm` |  | not finite |" in text
     assert (tmp_path / "images" / "quality" / "samplers.svg").stat().st_size > 1000
+
+
+def test_what_older_settings_gave_is_not_shown(tmp_path: Path) -> None:
+    task = counted([])
+    run.measured([task], Lab(tmp_path), None, tmp_path / "results")
+    page.write_page(tmp_path / "results", tmp_path, tmp_path / "none.md", [task])
+    shown = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    changed = replace(task, settings="of another recipe")
+    page.write_page(tmp_path / "results", tmp_path, tmp_path / "none.md", [changed])
+    assert page.NOTHING in (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert page.NOTHING not in shown
