@@ -191,3 +191,10 @@ def test_pictures_are_edited_with_it_where_a_label_is_named(ask: Any, tmp_path: 
     line = f"edit {{run}} {tmp_path / 'one.png'} -n 1 --output-dir out"
     assert how(ask(line)[1][0])[0] == 1.0
     assert how(ask(f"{line} --class-label 1")[1][0]) == (3.0, (0.1, 3.0))
+
+
+def test_the_report_names_it(world: Path, tmp_path: Path) -> None:
+    page = runs.write_report(world / "run", tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Guidance" in page
+    assert "3 at sigma 0.1 to 3" in page
+    assert runs.guidance_words(1.5, (0.0, math.inf)) == "1.5 at all levels"

@@ -469,7 +469,7 @@ RECIPES: dict[str, NamedRecipe] = {
         },
     ),
     "digits-demo": NamedRecipe(
-        "the demo: 350 steps, half a minute of training with AVX-512, a good minute without",
+        "the demo: 350 steps, a minute of training on two cores",
         {
             "preset": "compact",
             "max_train_steps": 350,
@@ -486,7 +486,7 @@ RECIPES: dict[str, NamedRecipe] = {
         },
     ),
     "digits-best": NamedRecipe(
-        "as good as the digits allow: 3,200 steps, a quarter of an hour without AVX-512",
+        "as good as the digits allow: 3,200 steps, ten minutes on two cores",
         {
             "preset": "compact",
             "max_train_steps": 3200,

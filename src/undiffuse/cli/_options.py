@@ -70,12 +70,10 @@ def warn_unguided(given: Given, scale: float, out: Output) -> None:
 
 def say_guidance(given: Given, asked: runs.SamplingOptions, out: Output) -> None:
     """What nobody typed should not be a surprise."""
-    scale, (low, high) = asked["guidance_scale"], asked["guidance_interval"]
+    scale = asked["guidance_scale"]
     if scale != 1.0 and "guidance_scale" not in given:
-        where = f"at sigma {low:g} to {high:g}" if (low, high) != (0.0, math.inf) else "throughout"
-        out.say(
-            f"guided by {scale:g} {where}, as the run was told (--guidance-scale 1: not at all)"
-        )
+        words = runs.guidance_words(scale, asked["guidance_interval"])
+        out.say(f"guided by {words}, as the run was told (--guidance-scale 1: not at all)")
 
 
 def whole(name: str, value: object, at_least: int) -> int:

@@ -54,6 +54,13 @@ def usual_guidance(model: Model) -> GuidanceConfig:
     return changed(GuidanceConfig(), model.trained)
 
 
+def guidance_words(scale: float, interval: Interval) -> str:
+    """Such as "1.3 at sigma 0.3 to 2"."""
+    low, high = interval
+    where = "at all levels" if interval == EVERYWHERE else f"at sigma {low:g} to {high:g}"
+    return f"{scale:g} {where}"
+
+
 def sampling_options(model: Model, config: SampleConfig) -> SamplingOptions:
     """For `generate(model, count, **sampling_options(model, config))`."""
     guidance = config.guided(usual_guidance(model))

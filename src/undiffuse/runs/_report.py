@@ -15,6 +15,7 @@ from undiffuse.runs._folder import (
     stored_config,
     write_text,
 )
+from undiffuse.runs._generate import guidance_words, usual_guidance
 from undiffuse.runs._load import load
 from undiffuse.spec import trace
 
@@ -77,10 +78,19 @@ def _facts(folder: RunFolder, model: Model, records: list[dict[str, Any]]) -> di
         "Held out": info.get("held_out_images"),
         "Steps": model.trained.get("steps"),
         "Parameters": f"{total_parameters(model.spec):,}",
+        "Guidance": _guidance(model),
         "Computed on": f"{info.get('device', '?')}, {_precision(info)}",
         "Speed": None if speed is None else f"{speed:g} pictures per second",
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def _guidance(model: Model) -> str | None:
+    """Of all pictures that the report shows, unless they were asked for otherwise."""
+    usual = usual_guidance(model)
+    if usual.guidance_scale == 1.0:
+        return None
+    return guidance_words(usual.guidance_scale, usual.interval)
 
 
 def _precision(info: dict[str, Any]) -> str:
