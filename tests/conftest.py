@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 # Before torch is imported, and for child processes too: two processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +39,17 @@ def _interruptible() -> None:
     """A shell starts what it puts into the background with SIGINT ignored; tests send it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def small_preset() -> Iterator[None]:
+    """`--preset small`: one level of 8 channels, which trains a step in milliseconds."""
+    from undiffuse import recipes  # after the hook above
+    from undiffuse.spec import UNetSpec
+
+    def build(channels: int) -> UNetSpec:
+        return recipes.ddpm_family(8, (1,), 1, (), channels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipes.PRESETS, "small", recipes.Preset(build, 16, "for tests"))
+        yield

@@ -350,6 +350,8 @@ def test_the_same_length_twice_is_no_second_average() -> None:
 
 # --- a run and what it keeps --------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("small_preset")
+
 STEPS = 16
 SETTINGS: dict[str, Any] = {
     "preset": "small",
@@ -363,15 +365,6 @@ SETTINGS: dict[str, Any] = {
     "checkpoints_total_limit": 4,
     "sample_every": 1000,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small() -> Iterator[None]:
-    """A preset that trains a step in milliseconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        build = lambda channels: recipes.ddpm_family(8, (1,), 1, (), channels)  # noqa: E731
-        patch.setitem(recipes.PRESETS, "small", recipes.Preset(build, 16, "for tests"))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -398,8 +391,9 @@ def notes(happened: Iterable[runs.Event]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path, small_preset: None) -> Path:
     """Finished, with both averages at 2, 4, ... 16. No test changes it."""
+    del small_preset
     path = tmp_path_factory.mktemp("runs") / "run"
     fit(pictures, path)
     return path

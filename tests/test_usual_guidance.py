@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import undiffuse
-from undiffuse import recipes, runs
+from undiffuse import runs
 from undiffuse.checkpoint import Model, save_model
 from undiffuse.cli import main
 from undiffuse.config import RECIPES, GuidanceConfig, RunConfig, SampleConfig, override
 from undiffuse.errors import ConfigError
 from undiffuse.runs import _editing, _evaluate, _generate
+
+pytestmark = pytest.mark.usefixtures("small_preset")
 
 TOLD = {"guidance_scale": 3.0, "guidance_low": 0.1, "guidance_high": 3.0}
 TINY: dict[str, Any] = {
@@ -31,14 +33,6 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        build = lambda channels: recipes.ddpm_family(8, (1,), 1, (), channels)  # noqa: E731
-        patch.setitem(recipes.PRESETS, "small", recipes.Preset(build, 16, "for tests"))
-        yield
-
-
 def draw(path: Path, labelled: bool) -> Path:
     dice = np.random.default_rng(0)
     arrays = {"images": dice.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)}
@@ -47,7 +41,8 @@ def draw(path: Path, labelled: bool) -> Path:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, small_preset: None) -> Path:
+    del small_preset
     root = tmp_path_factory.mktemp("guided")
     undiffuse.fit(draw(root / "data.npz", True), output_dir=root / "run", **TINY, **TOLD)
     return root
